@@ -1,0 +1,51 @@
+"""Finetunes SmolLM2-135M-Instruct on Python source: a small Code Llama.
+
+  python -m llama_jax.train --config=configs/quickstart.py --workdir=DIR \\
+    --config.init=orbax:SMOLLM2 --config.data.text=FILE_OR_FOLDER
+
+Source: arXiv:2308.12950 for the idea of going on from a language model with
+code; its AdamW betas, decay and clipping (2.3 there; eps after
+arXiv:2307.09288). Steps, batch and rate are ours, for minutes on two cores.
+Expected: on the standard library's own source, held-out loss falls by more
+than 5 % in 30 steps.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    {
+      "init": "",
+      "model": {
+        "size": ml_collections.config_dict.placeholder(str),
+        "dtype": "float32",
+        "attention": "chunked",
+        "rematerialise": "full",
+      },
+      "parallel": {"data": -1, "fsdp": 1, "tensor": 1},
+      "data": {
+        "text": "",
+        "sequence_length": 512,
+        "seed": 0,
+        "tokenizer": ml_collections.config_dict.placeholder(str),
+      },
+      "training": {
+        "steps": 30,
+        "batch_size": 4,
+        "accumulation": 1,
+        "seed": 0,
+      },
+      "optimizer": {
+        "peak_lr": 2e-4,
+        "warmup_steps": 3,
+        "final_lr_fraction": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-5,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+      },
+      "checkpoint": {"every": 10, "keep": 2},
+    }
+  )

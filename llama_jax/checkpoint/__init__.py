@@ -1,0 +1,81 @@
+"""Weights on disk, by reference: scheme:path wherever a checkpoint is named."""
+
+import importlib
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from llama_jax import errors
+
+# scheme -> the module whose read (and write) speak it.
+FORMATS = {
+  "orbax": "llama_jax.checkpoint.store",
+  "hf": "llama_jax.checkpoint.hugging_face",
+  "gguf": "llama_jax.checkpoint.gguf",
+}
+
+
+class Model(NamedTuple):
+  """A checkpoint in memory; tokenizer is None where it has none."""
+
+  config: Any
+  params: dict[str, Any]
+  tokenizer: Any
+
+
+def parse(reference: str, knob: str = "--ckpt") -> tuple[str, str]:
+  """(scheme, path) of a reference; raises UserError that names the knob."""
+  scheme, colon, path = str(reference or "").partition(":")
+  if not colon or scheme not in FORMATS or not path:
+    allowed = ", ".join(f"{name}:PATH" for name in FORMATS)
+    raise errors.UserError(
+      f"{knob}={reference} is not a checkpoint reference; use one of {allowed}."
+    )
+  return scheme, os.path.expanduser(path)
+
+
+def _module(reference: str, knob: str):
+  scheme, path = parse(reference, knob)
+  if not pathlib.Path(path).exists():
+    raise errors.BadFileError(f"{knob}={reference}: {path} does not exist.")
+  return importlib.import_module(FORMATS[scheme]), path
+
+
+def read_config(reference: str, knob: str = "--ckpt"):
+  """The LlamaConfig alone, without reading weights."""
+  module, path = _module(reference, knob)
+  return module.read_config(path)
+
+
+def read_tokenizer(reference: str, knob: str = "--ckpt"):
+  """The tokenizer alone, or None."""
+  module, path = _module(reference, knob)
+  return module.read_tokenizer(path)
+
+
+def load(reference: str, knob: str = "--ckpt", shardings=None) -> Model:
+  """Reads a whole checkpoint. Params keep the dtype they are stored in.
+
+  Args:
+    reference: scheme:path.
+    knob: what an error message calls it.
+    shardings: where params go, a tree like them; orbax: reads straight to
+      shards. Without, orbax: gives arrays on the first device and the others
+      give NumPy arrays.
+
+  Raises:
+    errors.UserError: the reference or what it names is bad.
+  """
+  module, path = _module(reference, knob)
+  if shardings is None:
+    return Model(*module.read(path))
+  if parse(reference, knob)[0] == "orbax":
+    return Model(
+      module.read_config(path),
+      module.read_params(path, shardings),
+      module.read_tokenizer(path),
+    )
+  import jax
+
+  config, params, tokenizer = module.read(path)
+  return Model(config, jax.device_put(params, shardings), tokenizer)

@@ -1,0 +1,133 @@
+"""Next-token loss over a large vocabulary without the whole logits.
+
+Whole float32 logits of 16k tokens over 128k words are 8.4 GB. Here they exist
+for one chunk of tokens at a time, and the loss's gradient is formed while they
+do: three matrix products in all, none of them recomputed.
+
+B batch, T tokens, C tokens of a chunk, D embed, V vocab.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Tokens (of all rows together) whose logits exist at once.
+CHUNK_TOKENS = 512
+
+
+def project(x_BTD, head, *, tied: bool) -> jax.Array:
+  """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V]."""
+  B, T, D = x_BTD.shape
+  logits = jax.lax.dot_general(
+    x_BTD.reshape(B * T, D),
+    head.astype(x_BTD.dtype),
+    (((1,), (1 if tied else 0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  return logits.reshape(B, T, -1)
+
+
+def _chunks(x_BTD, *others_BT):
+  """Cuts [B, T, ...] along T into a leading axis of chunks, padded by zeros.
+
+  Along T and not along tokens, so that a batch sharded on B stays in place.
+  """
+  B, T = x_BTD.shape[:2]
+  size = min(T, max(1, CHUNK_TOKENS // B))
+  count = -(-T // size)
+
+  def cut(a):
+    pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (a.ndim - 2)
+    a = jnp.pad(a, pad).reshape(B, count, size, *a.shape[2:])
+    return jnp.moveaxis(a, 1, 0)
+
+  return tuple(cut(a) for a in (x_BTD, *others_BT))
+
+
+def _join(chunks, T):
+  """The inverse of _chunks for one array."""
+  joined = jnp.moveaxis(chunks, 0, 1)
+  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :T]
+
+
+def _nll(logits_BCV, targets_BC):
+  """Negative log-likelihood [B, C] in nats, and log of the partition sum."""
+  log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+  chosen_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
+  return log_sum_BC - chosen_BC[..., 0], log_sum_BC
+
+
+def token_nll(x_BTD, head, targets_BT, *, tied: bool) -> jax.Array:
+  """Negative log-likelihood of each target in nats, float32 [B, T]."""
+
+  def one(_, chunk):
+    x_BCD, targets_BC = chunk
+    return None, _nll(project(x_BCD, head, tied=tied), targets_BC)[0]
+
+  _, nll = jax.lax.scan(one, None, _chunks(x_BTD, targets_BT))
+  return _join(nll, x_BTD.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def loss_sum(x_BTD, head, targets_BT, weights_BT, tied: bool) -> jax.Array:
+  """Sum over tokens of weight * negative log-likelihood, in nats, float32.
+
+  Args:
+    x_BTD: the decoder's last hidden states.
+    head: [V, D] when tied (the embedding), else [D, V].
+    targets_BT: int ids to predict.
+    weights_BT: float32; 0 leaves a token out. Not differentiated.
+    tied: which way head lies.
+  """
+  return jnp.sum(token_nll(x_BTD, head, targets_BT, tied=tied) * weights_BT)
+
+
+def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
+  def one(carry, chunk):
+    total, d_head = carry
+    x_BCD, targets_BC, weights_BC = chunk
+    B, C, D = x_BCD.shape
+    logits_BCV = project(x_BCD, head, tied=tied)
+    nll_BC, log_sum_BC = _nll(logits_BCV, targets_BC)
+    probs_BCV = jnp.exp(logits_BCV - log_sum_BC[..., None])
+    words_V = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
+    hit_BCV = (words_V == targets_BC[..., None]).astype(jnp.float32)
+    d_logits = ((probs_BCV - hit_BCV) * weights_BC[..., None]).astype(
+      x_BCD.dtype
+    )
+    d_logits = d_logits.reshape(B * C, -1)
+    x_tD = x_BCD.reshape(B * C, D)
+    d_x = jax.lax.dot_general(
+      d_logits,
+      head.astype(x_BCD.dtype),
+      (((1,), (0 if tied else 1,)), ((), ())),
+    )
+    pair = (d_logits, x_tD) if tied else (x_tD, d_logits)
+    d_head = d_head + jax.lax.dot_general(
+      *pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    total = total + jnp.sum(nll_BC * weights_BC)
+    return (total, d_head), d_x.reshape(B, C, D)
+
+  start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
+  (total, d_head), d_x = jax.lax.scan(
+    one, start, _chunks(x_BTD, targets_BT, weights_BT)
+  )
+  d_x_BTD = _join(d_x, x_BTD.shape[1])
+  # An empty array carries the head's dtype, which a residual cannot.
+  return total, (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))
+
+
+def _loss_backward(tied, residuals, cotangent):
+  del tied
+  d_x_BTD, d_head, head_like = residuals
+  return (
+    (d_x_BTD * cotangent).astype(d_x_BTD.dtype),
+    (d_head * cotangent).astype(head_like.dtype),
+    None,
+    None,
+  )
+
+
+loss_sum.defvjp(_loss_forward, _loss_backward)

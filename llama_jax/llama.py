@@ -1,0 +1,179 @@
+"""A model at hand: what a notebook, generate and evaluate work with."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import checkpoint, errors
+from llama_jax.decoding import loop, sampling
+from llama_jax.model import decoder as decoder_lib
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def _logits(params, ids, positions, segments, *, decoder):
+  return decoder.apply({"params": params}, ids, positions, segments)[0]
+
+
+@dataclasses.dataclass
+class Llama:
+  """Weights, their shape and their tokenizer.
+
+  Attributes:
+    config: a model.config.LlamaConfig.
+    params: nested dict of arrays, layers stacked (checkpoint/names.py).
+    tokenizer: a text.Tokenizer, or None where the checkpoint has none.
+    dtype: compute dtype, "float32" or "bfloat16".
+  """
+
+  config: Any
+  params: dict[str, Any]
+  tokenizer: Any
+  dtype: str = "float32"
+
+  @property
+  def decoder(self) -> decoder_lib.Decoder:
+    """For whole sequences: stacked params under a scan."""
+    return decoder_lib.Decoder(self.config, dtype=self.dtype)
+
+  @functools.cached_property
+  def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
+    """For decoding: a decoder and its own copy of the params, in dtype."""
+    decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
+    return decoder, jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, self.dtype),
+      decoder_lib.unstack(self.params),
+    )
+
+  def logits(self, ids, positions=None, segment_ids=None) -> jax.Array:
+    """Float32 logits [B, T, vocab] of int ids [B, T].
+
+    Args:
+      ids: token ids.
+      positions: int [B, T]; 0, 1, 2 ... where not given.
+      segment_ids: int [B, T]; tokens see only their own segment and 0 is
+        padding; one segment where not given.
+    """
+    ids = jnp.asarray(ids, jnp.int32)
+    if ids.ndim != 2:
+      raise errors.UserError(
+        f"ids has shape {ids.shape}; give [batch, tokens], as in [[1, 2, 3]]."
+      )
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    if segment_ids is None:
+      segment_ids = jnp.ones(ids.shape, jnp.int32)
+    rest = (jnp.asarray(positions, jnp.int32), jnp.asarray(segment_ids))
+    for name, one in zip(("positions", "segment_ids"), rest, strict=True):
+      if one.shape != ids.shape:
+        raise errors.UserError(
+          f"{name} has shape {one.shape}; it must be that of ids, {ids.shape}."
+        )
+    return _logits(self.params, ids, *rest, decoder=self.decoder)
+
+  def encode_prompt(self, prompt: str) -> list[int]:
+    """Ids of a plain prompt, with BOS where the model is used to one."""
+    tokenizer = self.need_tokenizer()
+    return tokenizer.encode(prompt, bos=tokenizer.add_bos)
+
+  def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    """Ids of a conversation, ready for the assistant's turn."""
+    from llama_jax.text import chat
+
+    return chat.render(self.need_tokenizer(), messages)
+
+  def stream(
+    self,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling_config: sampling.SamplingConfig,
+  ) -> Iterator[str]:
+    """Text as it is decoded, in whole characters, without the stop token."""
+    from llama_jax.text import stream as stream_lib
+
+    tokenizer = self.need_tokenizer()
+    decoder, params = self.unrolled
+    detokenizer = stream_lib.Detokenizer(tokenizer)
+    stops = set(tokenizer.stop_ids)
+    for (new,) in loop.stream(
+      decoder,
+      params,
+      [list(prompt)],
+      max_new_tokens=max_new_tokens,
+      sampling_config=sampling_config,
+      stop_ids=tokenizer.stop_ids,
+    ):
+      text = "".join(detokenizer.push(i) for i in new if i not in stops)
+      if text:
+        yield text
+    if rest := detokenizer.flush():
+      yield rest
+
+  def generate(
+    self,
+    prompt: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+  ):
+    """Continues a prompt: the new text alone, up to a stop token.
+
+    Args:
+      prompt: a text, or several to decode as one batch (then a list returns).
+      max_new_tokens: at most this many.
+      temperature, top_p, top_k, seed: see decoding.sampling; 0 is greedy.
+    """
+    tokenizer = self.need_tokenizer()
+    decoder, params = self.unrolled
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = loop.generate(
+      decoder,
+      params,
+      [self.encode_prompt(one) for one in prompts],
+      max_new_tokens=max_new_tokens,
+      sampling_config=sampling.SamplingConfig(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+      ),
+      stop_ids=tokenizer.stop_ids,
+    )
+    stops = set(tokenizer.stop_ids)
+    texts = [
+      tokenizer.decode([i for i in row if i not in stops]) for row in rows
+    ]
+    return texts[0] if isinstance(prompt, str) else texts
+
+  def need_tokenizer(self):
+    """The tokenizer; raises UserError where the checkpoint has none."""
+    if self.tokenizer is None:
+      raise errors.UserError(
+        "This checkpoint has no tokenizer, so it speaks ids only; put"
+        " tokenizer.json beside its weights, or use logits()."
+      )
+    return self.tokenizer
+
+
+def load(reference: str, *, dtype: str = "float32", knob="reference") -> Llama:
+  """Loads orbax:DIR, hf:DIR or gguf:FILE onto the first device.
+
+  Args:
+    reference: scheme:path.
+    dtype: compute dtype; params keep the dtype they are stored in.
+    knob: what an error message calls the reference.
+
+  Raises:
+    errors.UserError: for a bad reference or damaged files.
+  """
+  config, params, tokenizer = checkpoint.load(reference, knob)
+  params = jax.tree.map(
+    lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
+    params,
+  )
+  return Llama(config, params, tokenizer, dtype)

@@ -1,0 +1,90 @@
+"""The attention half of a block: projections, RoPE, kernel, cache.
+
+B batch, T tokens, t = B * T, N heads, K kv heads, H head dim, D embed.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax import kernels
+from llama_jax.kernels import cached
+from llama_jax.model import cache as cache_lib
+from llama_jax.model import config as config_lib
+from llama_jax.model import linear, rope
+from llama_jax.parallel import rules
+
+
+class Tokens(NamedTuple):
+  """What every layer needs to know of the tokens it works on."""
+
+  positions_BT: jax.Array
+  segments_BT: jax.Array
+  cos_BTh: jax.Array
+  sin_BTh: jax.Array
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention (arXiv:2305.13245) over segments."""
+
+  config: config_lib.LlamaConfig
+  dtype: jnp.dtype
+  kernel: str
+
+  @nn.compact
+  def __call__(self, x_BTD, tokens: Tokens, layer=None, cache=None):
+    """Returns [B, T, D] and this layer's (keys, values), or None uncached."""
+    config = self.config
+    B, T, D = x_BTD.shape
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    # Flat tokens: with [B, T, D] the weight gradients contract two dimensions,
+    # which XLA on CPU turns into slow strided transposes.
+    x_tD = x_BTD.reshape(B * T, D)
+
+    def project(name, heads, axis):
+      layer_ = linear.Linear(
+        (D, heads * H), ("embed", axis), 0.02, self.dtype, name=name
+      )
+      y_BTNH = layer_(x_tD).reshape(B, T, heads, H)
+      return rules.constrain(y_BTNH, "batch", None, axis, None)
+
+    q_BTNH = project("query", N, "heads")
+    k_BTKH = project("key", K, "kv_heads")
+    v_BTKH = project("value", K, "kv_heads")
+    q_BTNH = rope.rotate(q_BTNH, tokens.cos_BTh, tokens.sin_BTh)
+    k_BTKH = rope.rotate(k_BTKH, tokens.cos_BTh, tokens.sin_BTh)
+
+    written = None
+    if cache is not None:
+      written = cache_lib.write(
+        cache.keys[layer], cache.values[layer], k_BTKH, v_BTKH, cache.used
+      )
+    where = {"q_pos_BT": tokens.positions_BT, "q_seg_BT": tokens.segments_BT}
+    if cache is None or cache.fresh:
+      out_BTNH = kernels.ATTENTION[self.kernel](
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        k_pos_BS=tokens.positions_BT,
+        k_seg_BS=tokens.segments_BT,
+        **where,
+      )
+    else:
+      out_BTNH = cached.attend(
+        q_BTNH,
+        written[0].astype(self.dtype),
+        written[1].astype(self.dtype),
+        k_pos_BS=cache.positions_BS,
+        k_seg_BS=cache.segments_BS,
+        **where,
+      )
+    out = linear.Linear(
+      (N * H, D),
+      ("heads", "embed"),
+      0.02 / (2 * config.num_layers) ** 0.5,
+      self.dtype,
+      name="out",
+    )
+    return out(out_BTNH.reshape(B * T, N * H)).reshape(B, T, D), written

@@ -1,0 +1,134 @@
+"""What makes one Llama differ from another.
+
+Every number here is owned by the architecture: there are no defaults, so a
+value can only come from a preset, a checkpoint or a config file.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from llama_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1's stretching of the rotary frequencies (arXiv:2407.21783).
+
+  Wavelengths above original_context / low_freq_factor are slowed by factor,
+  those below original_context / high_freq_factor stay, and those between are
+  interpolated.
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_context: int
+
+  def __post_init__(self):
+    if self.factor < 1:
+      raise errors.ConfigError(
+        f"model.rope_scaling.factor={self.factor} must be 1 or more."
+      )
+    if not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise errors.ConfigError(
+        f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be"
+        " positive and below model.rope_scaling.high_freq_factor="
+        f"{self.high_freq_factor}."
+      )
+    if self.original_context < 1:
+      raise errors.ConfigError(
+        f"model.rope_scaling.original_context={self.original_context} must be"
+        " 1 or more."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """The shape of a decoder.
+
+  Attributes:
+    vocab_size: rows of the embedding.
+    embed_dim: width of the residual stream.
+    num_layers: decoder blocks.
+    num_heads: query heads.
+    num_kv_heads: key and value heads; 1 is MQA, num_heads is MHA.
+    head_dim: width of one head, free of embed_dim // num_heads.
+    mlp_dim: width of the gated MLP.
+    norm_eps: added to the mean square in RMSNorm.
+    rope_theta: base of the rotary wavelengths.
+    rope_scaling: Llama 3.1's scaling, or None.
+    context_length: positions that the model was trained for.
+    tied_embeddings: the head is the transposed embedding.
+  """
+
+  vocab_size: int
+  embed_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  norm_eps: float
+  rope_theta: float
+  rope_scaling: RopeScaling | None
+  context_length: int
+  tied_embeddings: bool
+
+  def __post_init__(self):
+    for name in (
+      "vocab_size",
+      "embed_dim",
+      "num_layers",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "mlp_dim",
+      "context_length",
+    ):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise errors.ConfigError(
+          f"model.{name}={value!r} must be a whole number, 1 or more."
+        )
+    if self.num_heads % self.num_kv_heads:
+      raise errors.ConfigError(
+        f"model.num_kv_heads={self.num_kv_heads} does not divide"
+        f" model.num_heads={self.num_heads}; use a divisor of it."
+      )
+    if self.head_dim % 2:
+      raise errors.ConfigError(
+        f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs."
+      )
+    if not self.norm_eps > 0:
+      raise errors.ConfigError(
+        f"model.norm_eps={self.norm_eps} must be positive."
+      )
+    if not self.rope_theta > 0:
+      raise errors.ConfigError(
+        f"model.rope_theta={self.rope_theta} must be positive."
+      )
+
+  @property
+  def num_groups(self) -> int:
+    """Query heads that share one key and value head."""
+    return self.num_heads // self.num_kv_heads
+
+  def to_json(self) -> str:
+    """This configuration as a JSON object, keys as the attributes."""
+    return json.dumps(dataclasses.asdict(self), indent=2)
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "LlamaConfig":
+    """The inverse of dataclasses.asdict; refuses unknown or missing keys."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    missing, unknown = names - set(fields), set(fields) - names
+    if missing or unknown:
+      raise errors.ConfigError(
+        f"model has unknown fields {sorted(unknown)} and lacks"
+        f" {sorted(missing)}; it takes {sorted(names)}."
+      )
+    fields = dict(fields)
+    if fields["rope_scaling"] is not None:
+      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return cls(**fields)

@@ -1,0 +1,29 @@
+"""Host memory to the mesh: each process holds its own rows of a batch."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax.parallel import rules
+
+
+def local_rows(batch_size: int) -> slice:
+  """Rows of the global batch that this process loads."""
+  each = batch_size // jax.process_count()
+  return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0):
+  """This process's rows as global arrays, rows split over the mesh.
+
+  Args:
+    batch: name -> array whose given axis counts rows.
+    mesh: where to.
+    axis: which axis counts rows (1 behind an axis of microbatches).
+  """
+  names = (None,) * axis + ("batch",)
+  sharding = NamedSharding(mesh, rules.spec(names))
+  return {
+    name: jax.make_array_from_process_local_data(sharding, array)
+    for name, array in batch.items()
+  }

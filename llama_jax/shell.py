@@ -1,0 +1,193 @@
+"""How a verb meets the shell: flags, one-line errors, exit codes, caches.
+
+Exit codes: 0 done, 2 a mistake of the user's (one line on stderr), 130 and 143
+stopped by Ctrl-C or SIGTERM, 1 a fault of ours (with its traceback).
+"""
+
+import dataclasses
+import difflib
+import errno
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from llama_jax import errors
+
+_DEVICES = flags.DEFINE_integer(
+  "cpu_devices",
+  None,
+  "Simulate this many CPU devices, to try a mesh without accelerators.",
+  lower_bound=1,
+)
+
+
+def cache_folder() -> pathlib.Path:
+  """Where downloads and compiled programs are kept between runs."""
+  given = os.environ.get("LLAMA_JAX_CACHE")
+  if given:
+    return pathlib.Path(given)
+  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(root) / "llama_jax"
+
+
+def fail(message: str) -> None:
+  """One line on stderr, exit status 2."""
+  print("error: " + " ".join(str(message).split("\n")), file=sys.stderr)
+  sys.exit(2)
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+  """Parses flags, sets JAX up and runs a verb; a mistake ends in one line."""
+
+  def guarded(argv: Sequence[str]):
+    try:
+      if len(argv) > 1:
+        raise errors.UserError(
+          f"{argv[1]!r} is not a flag; flags look like --name=value."
+          " See --help."
+        )
+      _set_up_jax()
+      return main(argv)
+    except errors.UserError as error:
+      fail(str(error))
+    except KeyboardInterrupt:
+      print("\ninterrupted", file=sys.stderr)
+      sys.exit(130)
+    except BrokenPipeError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(141)
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        raise
+      fail(f"{error.filename or 'a file'}: {error.strerror}.")
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """absl's parser, its complaints in one line each."""
+  # absl prints help through its own parser; a config file may raise anything.
+  try:
+    return flags.FLAGS(_strict(list(argv)))
+  except flags.Error as error:
+    text = str(error).replace("FATAL Flags parsing error:", "").strip()
+    fail(f"{text} See --help.")
+  except errors.UserError as error:
+    fail(str(error))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    fail(_override_error(argv, error))
+  except (OSError, ImportError, SyntaxError) as error:
+    fail(f"--config could not be read: {error}.")
+  raise AssertionError("fail does not return")
+
+
+def _strict(argv: list[str]) -> list[str]:
+  """Names the nearest config key where an override's is misspelt."""
+  path = _given(argv, "config")
+  wanted = [
+    word.split("=")[0].lstrip("-").removeprefix("config.")
+    for word in argv[1:]
+    if word.lstrip("-").startswith("config.")
+  ]
+  if path is None or not wanted or "config" not in flags.FLAGS:
+    return argv
+  if not pathlib.Path(path.split(":")[0]).is_file():
+    raise errors.ConfigError(
+      f"--config={path} does not exist; the recipes are in configs/."
+    )
+  known = keys(load_config(path))
+  for key in wanted:
+    # A list's element or a whole section may be named too.
+    if key in known or any(k.startswith(key + ".") for k in known):
+      continue
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    raise errors.ConfigError(
+      f"--config.{key} is not a knob of {path}; the nearest is"
+      f" --config.{nearest[0]}. There are: {', '.join(known)}."
+    )
+  return argv
+
+
+def _given(argv: Sequence[str], name: str) -> str | None:
+  for index, word in enumerate(argv):
+    stripped = word.lstrip("-")
+    if stripped.startswith(name + "="):
+      return stripped.partition("=")[2]
+    if word.startswith("-") and stripped == name and index + 1 < len(argv):
+      return argv[index + 1]
+  return None
+
+
+def _override_error(argv: Sequence[str], error: Exception) -> str:
+  overrides = [w for w in argv[1:] if w.lstrip("-").startswith("config.")]
+  shown = " ".join(overrides) or "--config"
+  text = str(error).strip().splitlines()
+  return f"{shown}: {text[0] if text else type(error).__name__}"
+
+
+def load_config(path: str):
+  """The ConfigDict of a config file's get_config()."""
+  import importlib.util
+
+  file, _, argument = path.partition(":")
+  spec = importlib.util.spec_from_file_location("llama_jax_config", file)
+  if spec is None or spec.loader is None:
+    raise errors.ConfigError(f"--config={path} is not a Python file.")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(argument) if argument else module.get_config()
+
+
+def keys(config, prefix: str = "") -> list[str]:
+  """All dotted keys of a ConfigDict."""
+  found = []
+  for name, value in config.items():
+    if hasattr(value, "items"):
+      found += keys(value, f"{prefix}{name}.")
+    else:
+      found.append(prefix + name)
+  return found
+
+
+def section(cls: type, values, name: str):
+  """A ConfigDict's section as the frozen dataclass that it configures.
+
+  Raises ConfigError where a field is missing or is not one of the class.
+  """
+  names = [field.name for field in dataclasses.fields(cls)]
+  given = dict(values.items())
+  for key in given:
+    if key not in names:
+      nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+      raise errors.ConfigError(
+        f"config.{name}.{key} is not a knob; the nearest is"
+        f" config.{name}.{nearest}. There are: {', '.join(names)}."
+      )
+  missing = [key for key in names if key not in given]
+  if missing:
+    raise errors.ConfigError(
+      f"the config lacks {', '.join(f'config.{name}.{m}' for m in missing)}."
+    )
+  return cls(**given)
+
+
+def _set_up_jax() -> None:
+  import jax
+
+  if _DEVICES.value is not None:
+    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
+  set_up_compile_cache()
+
+
+def set_up_compile_cache() -> None:
+  """Keeps compiled programs between runs, unless JAX was told where to."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = cache_folder() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,91 @@
+"""AdamW with warmup, a cosine, global clipping and a decay mask.
+
+As LLaMA 1 and 2 train (arXiv:2302.13971, 2.3; arXiv:2307.09288, 2.2).
+"""
+
+import dataclasses
+
+import jax
+import optax
+
+from llama_jax import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The recipe's numbers.
+
+  Attributes:
+    peak_lr: learning rate after warmup.
+    warmup_steps: steps of linear growth from 0.
+    final_lr_fraction: of the peak, reached by a cosine at the last step.
+    b1, b2, eps: AdamW's.
+    weight_decay: applied to matrices only; norms' scales are left alone.
+    clip_norm: the gradient's largest global norm.
+  """
+
+  peak_lr: float
+  warmup_steps: int
+  final_lr_fraction: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+
+  def __post_init__(self):
+    for name, low, high in (
+      ("peak_lr", 0, float("inf")),
+      ("warmup_steps", 0, float("inf")),
+      ("final_lr_fraction", 0, 1),
+      ("b1", 0, 1),
+      ("b2", 0, 1),
+      ("eps", 0, float("inf")),
+      ("weight_decay", 0, float("inf")),
+    ):
+      value = getattr(self, name)
+      if not low <= value <= high:
+        raise errors.ConfigError(
+          f"optimizer.{name}={value} must lie between {low} and {high}."
+        )
+    if not self.clip_norm > 0:
+      raise errors.ConfigError(
+        f"optimizer.clip_norm={self.clip_norm} must be positive; use inf for"
+        " no clipping."
+      )
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate by step (0 is the first), over a run of `steps`."""
+  warmup = min(config.warmup_steps, steps)
+  cosine = optax.cosine_decay_schedule(
+    config.peak_lr, max(steps - warmup, 1), alpha=config.final_lr_fraction
+  )
+  # The first step already moves: (step + 1) / warmup of the peak.
+  ramp = optax.linear_schedule(
+    config.peak_lr / max(warmup, 1), config.peak_lr, max(warmup - 1, 1)
+  )
+  return optax.join_schedules([ramp, cosine], [warmup])
+
+
+def decayed(params):
+  """True for matrices: all kernels and the embedding, but no norm's scale."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "scale" not in [getattr(key, "key", None) for key in path],
+    params,
+  )
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """The whole chain: clip, Adam, decay, rate."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      schedule(config, steps),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      mask=decayed,
+    ),
+  )
