@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     {
       "init": "",
       "model": {
-        "size": ml_collections.config_dict.placeholder(str),
+        "size": "",
         "dtype": "float32",
         "attention": "chunked",
         "rematerialise": "full",
@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         "text": "",
         "sequence_length": 512,
         "seed": 0,
-        "tokenizer": ml_collections.config_dict.placeholder(str),
+        "tokenizer": "",
       },
       "training": {
         "steps": 30,

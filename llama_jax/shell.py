@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llama_jax import errors
 
@@ -23,15 +23,6 @@ _DEVICES = flags.DEFINE_integer(
   "Simulate this many CPU devices, to try a mesh without accelerators.",
   lower_bound=1,
 )
-
-
-def cache_folder() -> pathlib.Path:
-  """Where downloads and compiled programs are kept between runs."""
-  given = os.environ.get("LLAMA_JAX_CACHE")
-  if given:
-    return pathlib.Path(given)
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(root) / "llama_jax"
 
 
 def fail(message: str) -> None:
@@ -176,6 +167,9 @@ def section(cls: type, values, name: str):
 
 
 def _set_up_jax() -> None:
+  if not flags.FLAGS["verbosity"].present:
+    # The libraries below narrate at INFO.
+    logging.set_verbosity(logging.WARNING)
   import jax
 
   if _DEVICES.value is not None:
@@ -188,6 +182,8 @@ def set_up_compile_cache() -> None:
   import jax
 
   if jax.config.jax_compilation_cache_dir is None:
-    folder = cache_folder() / "compiled"
+    from llama_jax.checkpoint import package_index
+
+    folder = package_index.cache_folder() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

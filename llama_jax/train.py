@@ -39,11 +39,11 @@ class ModelConfig:
   """Which model and how it computes.
 
   Attributes:
-    size: a name of model/sizes.py, or None where init says it.
+    size: a name of model/sizes.py, or "" where init says it.
     dtype, attention, rematerialise: see model/decoder.py.
   """
 
-  size: str | None
+  size: str
   dtype: str
   attention: str
   rematerialise: str

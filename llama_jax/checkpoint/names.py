@@ -133,11 +133,12 @@ SCHEMES = {
   ),
 }
 
-DTYPES = (
-  np.dtype(np.float32),
-  np.dtype(np.float16),
-  np.dtype(ml_dtypes.bfloat16),
-)
+# What weights may be kept as, in the formats' own words.
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +288,7 @@ def check(config: config_lib.LlamaConfig, source: Source) -> None:
         f" {_contradicted(config, place, found.shape)} makes it"
         f" {list(place.shape)}."
       )
-    if found.dtype not in DTYPES:
+    if found.dtype not in DTYPES.values():
       raise errors.BadFileError(
         f"{source.file}: tensor {place.name} is {found.stored}; float32,"
         " float16 and bfloat16 are allowed."
@@ -399,7 +400,7 @@ def check_params(
         f"params {path} is {list(leaves[path].shape)} but the configuration"
         f" makes it {list(shape)}."
       )
-    if np.dtype(leaves[path].dtype) not in DTYPES:
+    if np.dtype(leaves[path].dtype) not in DTYPES.values():
       raise errors.BadFileError(
         f"params {path} is {leaves[path].dtype}; float32, float16 and"
         " bfloat16 are allowed."

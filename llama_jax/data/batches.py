@@ -16,13 +16,13 @@ class DataConfig:
     text: a path or several: JSONL, text, gz, or folders of them.
     sequence_length: tokens in a row.
     seed: of the order of rows; every epoch has its own.
-    tokenizer: a tokenizer's file or folder; None takes that of init.
+    tokenizer: a tokenizer's file or folder; "" takes that of init.
   """
 
   text: str | tuple[str, ...]
   sequence_length: int
   seed: int
-  tokenizer: str | None
+  tokenizer: str
 
   def __post_init__(self):
     if self.sequence_length < 1:

@@ -106,7 +106,10 @@ class Decoder(nn.Module):
     tokens = attention.Tokens(
       positions_BT, segments_BT, *rope.table(self.config, positions_BT)
     )
-    x_BTD = self.embed()[ids_BT].astype(self.dtype)
+    # Rows whole before the look-up: only then does a batch-sharded look-up
+    # need no more than a sum over the vocabulary's parts.
+    table_VD = rules.constrain(self.embed(), "vocab", None)
+    x_BTD = table_VD[ids_BT].astype(self.dtype)
     x_BTD = rules.constrain(x_BTD, "batch", None, None)
     if self.scan:
       if cache is not None:

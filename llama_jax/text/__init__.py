@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax import errors
+from llama_jax.text import files, gguf_header
 from llama_jax.text import folder as folder_lib
-from llama_jax.text import gguf_metadata
 from llama_jax.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -37,16 +37,10 @@ def load_tokenizer(path) -> Tokenizer:
         f" {folder_lib.SENTENCEPIECE}."
       )
     return found
-  try:
-    with open(path, "rb") as file:
-      if file.read(4) == gguf_metadata.MAGIC:
-        return from_gguf_metadata(gguf_metadata.read(path), str(path))
-      file.seek(0)
-      content = file.read(_MAX_BYTES + 1)
-  except OSError as error:
-    raise errors.BadFileError(
-      f"cannot read {path}: {error.strerror}."
-    ) from error
+  start = _start(path, len(gguf_header.MAGIC))
+  if start == gguf_header.MAGIC:
+    return from_gguf_metadata(gguf_header.read(path).metadata, str(path))
+  content = _start(path, _MAX_BYTES + 1)
   if len(content) > _MAX_BYTES:
     raise errors.BadFileError(
       f"{path} is larger than any tokenizer; expected a GGUF file,"
@@ -83,7 +77,7 @@ def find_tokenizer(folder) -> Tokenizer | None:
   whole = folder / folder_lib.TOKENIZER_JSON
   # Where both are, tokenizer.json is a conversion of a SentencePiece model;
   # beside a tiktoken file it is the one to read.
-  if model.exists() and (not whole.exists() or _is_sentencepiece(model)):
+  if model.exists() and (not whole.exists() or _start(model, 1) == _PIECE_TAG):
     return load_tokenizer(model)
   return load_tokenizer(whole) if whole.exists() else None
 
@@ -125,19 +119,13 @@ def from_gguf_metadata(
 
 # The largest tokenizer.json known to us has some 35 MB; weights have more.
 _MAX_BYTES = 256 * 2**20
-
-
 _PIECE_TAG = b"\n"  # a ModelProto starts with its first piece
 
 
-def _is_sentencepiece(path: pathlib.Path) -> bool:
-  try:
-    with open(path, "rb") as file:
-      return file.read(1) == _PIECE_TAG
-  except OSError as error:
-    raise errors.BadFileError(
-      f"cannot read {path}: {error.strerror}."
-    ) from error
+def _start(path: pathlib.Path, count: int) -> bytes:
+  """The first bytes of a file, or all where there are fewer."""
+  with files.opened(path) as file:
+    return file.read(count)
 
 
 def _is_tiktoken(content: bytes) -> bool:

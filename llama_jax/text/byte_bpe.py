@@ -17,8 +17,8 @@ from typing import Any
 import tokenizers
 
 from llama_jax import errors
+from llama_jax.text import files, gguf_fields
 from llama_jax.text import folder as folder_lib
-from llama_jax.text import gguf_metadata
 from llama_jax.text import tokenizer as tokenizer_lib
 
 # How each family cuts text before merging, by the name that llama.cpp gives it
@@ -138,10 +138,7 @@ def from_spec(content: bytes, name: str, folder: pathlib.Path) -> ByteBpe:
   Raises:
     BadFileError: not such a document, or one that `tokenizers` refuses.
   """
-  try:
-    spec = json.loads(content)
-  except (ValueError, RecursionError) as error:
-    raise errors.BadFileError(f"{name} is not JSON: {error}.") from error
+  spec = files.parse_json(content, name)
   return _build(name, spec, folder_lib.read_settings(folder))
 
 
@@ -176,15 +173,18 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str) -> ByteBpe:
     raise errors.BadFileError(
       f"{name}: tokenizer.ggml.merges must be pairs with a space between."
     )
-  named, stops = gguf_metadata.token_names(fields, name)
+  settings = gguf_fields.read_settings(
+    fields, name, add_bos=cut in _WHOLE_WORDS
+  )
+  named = settings.conventions.named.values()
   spec = {
     "version": "1.0",
     "truncation": None,
     "padding": None,
     "added_tokens": [
-      _added(text, id, special=kind == _CONTROL or text in named.values())
+      _added(text, id, special=kind == _CONTROL or text in named)
       for id, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-      if kind in (_CONTROL, _USER_DEFINED) or text in named.values()
+      if kind in (_CONTROL, _USER_DEFINED) or text in named
     ],
     "normalizer": None,
     "pre_tokenizer": _CUTS[cut],
@@ -203,18 +203,6 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str) -> ByteBpe:
       "merges": pairs,
     },
   }
-  add_bos = fields.get("tokenizer.ggml.add_bos_token", cut in _WHOLE_WORDS)
-  settings = folder_lib.Settings(
-    conventions=tokenizer_lib.Conventions(
-      named=named,
-      add_bos=bool(add_bos),
-      stop_ids=stops,
-      chat_template=fields.get("tokenizer.chat_template"),
-    ),
-    added={},
-    plain={},
-    config={},
-  )
   return _build(name, spec, settings)
 
 

@@ -5,14 +5,12 @@ is written. Both families read and write them here.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from llama_jax import errors
+from llama_jax.text import files
 from llama_jax.text import tokenizer as tokenizer_lib
 
 CONFIG = "tokenizer_config.json"
@@ -63,8 +61,8 @@ def read_settings(folder: pathlib.Path) -> Settings:
 
 
 def _settings(folder: pathlib.Path) -> Settings:
-  config = read_json(folder / CONFIG)
-  old_map = read_json(folder / "special_tokens_map.json")
+  config = _read_json(folder / CONFIG)
+  old_map = _read_json(folder / "special_tokens_map.json")
   named, extra = {}, []
   for source in (old_map, config):
     for key, value in source.items():
@@ -75,7 +73,7 @@ def _settings(folder: pathlib.Path) -> Settings:
         named[key] = _token_text(value)
 
   added, plain = {}, {}
-  for text, id in read_json(folder / "added_tokens.json").items():
+  for text, id in _read_json(folder / "added_tokens.json").items():
     if not isinstance(id, int):
       raise TypeError(f"added_tokens.json gives {text!r} the id {id!r}")
     plain[text] = id
@@ -101,7 +99,7 @@ def _settings(folder: pathlib.Path) -> Settings:
 
   stops = []
   for name in (GENERATION, "config.json"):
-    value = read_json(folder / name).get("eos_token_id")
+    value = _read_json(folder / name).get("eos_token_id")
     stops += value if isinstance(value, list) else [value]
   return Settings(
     conventions=tokenizer_lib.Conventions(
@@ -131,13 +129,9 @@ def write(
   folder = pathlib.Path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    generation = read_json(folder / GENERATION)
-    stops = list(tokenizer.stop_ids)
-    if tokenizer.bos_id is not None:
-      generation["bos_token_id"] = tokenizer.bos_id
+    generation = _read_json(folder / GENERATION)
     generation.pop("eos_token_id", None)
-    if stops:
-      generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    generation.update(special_ids(tokenizer))
     settings = {
       **config,
       **tokenizer.named_tokens,
@@ -147,9 +141,9 @@ def write(
     if tokenizer.chat_template is not None:
       settings["chat_template"] = tokenizer.chat_template
     for name, content in vocabulary.items():
-      _write(folder / name, content)
-    _write(folder / CONFIG, _json(settings))
-    _write(folder / GENERATION, _json(generation))
+      files.write(folder / name, content)
+    files.write_json(folder / CONFIG, settings)
+    files.write_json(folder / GENERATION, generation)
     for stale in _REPLACED:
       if stale not in vocabulary:
         (folder / stale).unlink(missing_ok=True)
@@ -157,6 +151,17 @@ def write(
     raise errors.UserError(
       f"cannot write a tokenizer to {folder}: {error.strerror}."
     ) from error
+
+
+def special_ids(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
+  """bos_token_id and eos_token_id, a list where several ids end a turn."""
+  ids: dict[str, Any] = {}
+  if tokenizer.bos_id is not None:
+    ids["bos_token_id"] = tokenizer.bos_id
+  stops = list(tokenizer.stop_ids)
+  if stops:
+    ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+  return ids
 
 
 def bos_processor(bos: str, id: int) -> dict[str, Any]:
@@ -171,32 +176,16 @@ def bos_processor(bos: str, id: int) -> dict[str, Any]:
   }
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object; {} if there is no such file."""
-  try:
-    value = json.loads(path.read_bytes())
-  except FileNotFoundError:
-    return {}
-  except OSError as error:
-    raise errors.BadFileError(
-      f"cannot read {path}: {error.strerror}."
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise errors.BadFileError(f"{path} is not JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise errors.BadFileError(f"{path} does not hold a JSON object.")
-  return value
+  return files.read_json(path) if path.exists() else {}
 
 
 def _chat_template(folder: pathlib.Path, config: Mapping) -> str | None:
-  try:
-    return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-  except FileNotFoundError:
-    pass
-  except (OSError, UnicodeDecodeError) as error:
-    raise errors.BadFileError(
-      f"cannot read {folder / 'chat_template.jinja'}: {error}."
-    ) from error
+  path = folder / "chat_template.jinja"
+  if path.exists():
+    with files.opened(path) as file:
+      return file.read().decode()
   template = config.get("chat_template")
   if isinstance(template, list):  # several, by name
     by_name = {t.get("name"): t.get("template") for t in template}
@@ -208,19 +197,3 @@ def _token_text(value: Any) -> str | None:
   if isinstance(value, dict):
     value = value.get("content")
   return value if isinstance(value, str) else None
-
-
-def _json(value: Any) -> bytes:
-  return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-    os.chmod(name, 0o644)  # mkstemp makes a private file
-    os.replace(name, path)
-  except BaseException:
-    pathlib.Path(name).unlink(missing_ok=True)
-    raise

@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from llama_jax import errors
 from llama_jax.text import folder as folder_lib
-from llama_jax.text import gguf_metadata
+from llama_jax.text import gguf_fields
 from llama_jax.text import tokenizer as tokenizer_lib
 
 _Piece = model_pb2.ModelProto.SentencePiece
@@ -252,7 +252,8 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str):
       f"{name}: {len(tokens)} tokens, {len(scores)} scores and"
       f" {len(kinds)} token types; they must be as many."
     )
-  named, stops = gguf_metadata.token_names(fields, name)
+  settings = gguf_fields.read_settings(fields, name, add_bos=True)
+  named = settings.conventions.named
   proto = model_pb2.ModelProto()
   for token, score, kind in zip(tokens, scores, kinds, strict=True):
     # GGUF numbers the kinds as SentencePiece does; 0 is "undefined".
@@ -281,17 +282,6 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str):
   charsmap = fields.get("tokenizer.ggml.precompiled_charsmap")
   if charsmap:
     normalizer.precompiled_charsmap = bytes(b % 256 for b in charsmap)
-  settings = folder_lib.Settings(
-    conventions=tokenizer_lib.Conventions(
-      named=named,
-      add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", True)),
-      stop_ids=stops,
-      chat_template=fields.get("tokenizer.chat_template"),
-    ),
-    added={},
-    plain={},
-    config={},
-  )
   return from_model(proto.SerializeToString(), name, settings)
 
 

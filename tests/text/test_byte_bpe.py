@@ -10,7 +10,7 @@ import tokenizers
 
 from llama_jax import errors
 from llama_jax import text as text_lib
-from llama_jax.text import byte_bpe, gguf_metadata
+from llama_jax.text import byte_bpe, gguf_header
 
 _GOLDEN = json.loads(
   (pathlib.Path(__file__).parent / "golden/smollm2_ids.json").read_text()
@@ -364,7 +364,7 @@ def test_gguf_header_cut_anywhere_is_refused(tmp_path):
     struct.pack("<Q", 1) + "é".encode(), struct.pack("<Q", 2) + "é".encode()
   )
   path.write_bytes(whole)
-  assert gguf_metadata.read(path) == {
+  assert gguf_header.read(path).metadata == {
     "a": 0.5,
     "b": ["x", "é"],
     "c": [True, False, True],
@@ -372,4 +372,4 @@ def test_gguf_header_cut_anywhere_is_refused(tmp_path):
   for size in range(len(whole)):
     path.write_bytes(whole[:size])
     with pytest.raises(errors.BadFileError):
-      gguf_metadata.read(path)
+      gguf_header.read(path)

@@ -1,0 +1,181 @@
+"""Every attention kernel against attention written out in NumPy float64.
+
+Tolerances: float32 products of some hundred terms, values of order 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import kernels
+from llama_jax.kernels import cached, chunked, reference
+
+HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (3, 1)}
+
+
+def plain_attention(q, k, v, q_pos, k_pos, q_seg, k_seg):
+  """[B, T, N, H] float64, one query at a time; NaN where nothing is seen."""
+  B, T, N, H = q.shape
+  G = N // k.shape[2]
+  out = np.full((B, T, N, H), np.nan)
+  for b in range(B):
+    for t in range(T):
+      seen = (k_pos[b] <= q_pos[b, t]) & (k_seg[b] == q_seg[b, t])
+      if q_seg[b, t] == 0 or not seen.any():
+        continue
+      for n in range(N):
+        scores = k[b, seen, n // G].astype(np.float64) @ q[b, t, n] / H**0.5
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights / weights.sum() @ v[b, seen, n // G]
+  return out
+
+
+def make_case(seed, B, T, N, K, H, segments_BT):
+  """Random q, k, v; positions counted from 0 in each segment."""
+  rng = np.random.default_rng(seed)
+  q = rng.normal(size=(B, T, N, H)).astype(np.float32)
+  k, v = (rng.normal(size=(B, T, K, H)).astype(np.float32) for _ in range(2))
+  positions = np.zeros((B, T), np.int32)
+  for b in range(B):
+    for t in range(1, T):
+      if segments_BT[b, t] == segments_BT[b, t - 1]:
+        positions[b, t] = positions[b, t - 1] + 1
+  return q, k, v, positions, segments_BT
+
+
+def packed(B, T):
+  """Row 0 one segment; other rows two, then a tail of padding."""
+  segments = np.ones((B, T), np.int32)
+  for b in range(1, B):
+    segments[b, T // 3 :] = 2
+    segments[b, T - 1 - T // 5 :] = 0
+  return segments
+
+
+def attend(name, q, k, v, positions, segments):
+  def self_attention(q, k, v, pos, seg):
+    where = {"q_pos_BT": pos, "k_pos_BS": pos, "q_seg_BT": seg, "k_seg_BS": seg}
+    return kernels.ATTENTION[name](q, k, v, **where)
+
+  return jax.jit(self_attention)(q, k, v, positions, segments)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  """So that short sequences are many blocks."""
+  monkeypatch.setattr(chunked, "BLOCK_ROWS", 8)
+
+
+# 7: less than a block; 16: whole blocks; 37: a last block cut short; 150: more
+# rows than 16 blocks of 8 hold.
+@pytest.mark.parametrize("T", [1, 7, 16, 37, 150])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", kernels.ATTENTION)
+def test_equals_plain_attention(name, heads, T):
+  N, K = HEADS[heads]
+  q, k, v, pos, seg = make_case(T, 2, T, N, K, 6, packed(2, T))
+  out = np.asarray(attend(name, q, k, v, pos, seg))
+  want = plain_attention(q, k, v, pos, pos, seg, seg)
+  real = ~np.isnan(want)
+  np.testing.assert_allclose(out[real], want[real], atol=2e-6)
+  # Padding sees nothing; what stands there must not poison anything.
+  assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", kernels.ATTENTION)
+def test_left_padding(name):
+  segments = np.ones((2, 21), np.int32)
+  segments[1, :9] = 0
+  q, k, v, pos, seg = make_case(0, 2, 21, 4, 2, 8, segments)
+  out = np.asarray(attend(name, q, k, v, pos, seg))
+  want = plain_attention(q, k, v, pos, pos, seg, seg)
+  real = ~np.isnan(want)
+  np.testing.assert_allclose(out[real], want[real], atol=2e-6)
+  assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", set(kernels.ATTENTION) - {"reference"})
+@pytest.mark.parametrize("heads", HEADS)
+def test_gradients_equal_the_references(name, heads):
+  N, K = HEADS[heads]
+  q, k, v, pos, seg = make_case(1, 2, 21, N, K, 6, packed(2, 21))
+  cotangent = np.random.default_rng(2).normal(size=q.shape).astype(np.float32)
+  cotangent[seg == 0] = 0
+
+  def gradients(name):
+    def loss(*qkv):
+      return jnp.sum(attend(name, *qkv, pos, seg) * cotangent)
+
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+  for ours, want in zip(gradients(name), gradients("reference"), strict=True):
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(ours, want, atol=5e-6)
+
+
+def test_reference_gradient_is_the_numerical_one():
+  q, k, v, pos, seg = make_case(3, 1, 5, 2, 1, 4, np.ones((1, 5), np.int32))
+  rng = np.random.default_rng(4)
+  toward = [rng.normal(size=a.shape).astype(np.float32) for a in (q, k, v)]
+
+  def loss(q, k, v):
+    return jnp.sum(jnp.sin(attend("reference", q, k, v, pos, seg)))
+
+  slopes = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+  slope = sum(np.sum(g * d) for g, d in zip(slopes, toward, strict=True))
+
+  def plain_loss(step):
+    moved = [a + step * d for a, d in zip((q, k, v), toward, strict=True)]
+    return np.sin(plain_attention(*moved, pos, pos, seg, seg)).sum()
+
+  numerical = (plain_loss(1e-4) - plain_loss(-1e-4)) / 2e-4
+  np.testing.assert_allclose(slope, numerical, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", kernels.ATTENTION)
+def test_bfloat16_stays_near_and_keeps_its_dtype(name):
+  q, k, v, pos, seg = make_case(5, 1, 30, 4, 2, 8, packed(1, 30))
+  low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
+  out = attend(name, *low, pos, seg)
+  assert out.dtype == jnp.bfloat16
+  want = plain_attention(q, k, v, pos, pos, seg, seg)
+  # bfloat16 has 8 bits of mantissa: half a percent of values of order 1.
+  np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=0.05)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("T", [1, 3])
+def test_cached_attention(heads, T):
+  """T new tokens over S slots, some unused, rows of different lengths."""
+  N, K = HEADS[heads]
+  B, S, H = 3, 20, 6
+  rng = np.random.default_rng(6)
+  q = rng.normal(size=(B, T, N, H)).astype(np.float32)
+  k, v = (rng.normal(size=(B, S, K, H)).astype(np.float32) for _ in range(2))
+  used = 14
+  k_seg = np.zeros((B, S), np.int32)
+  k_pos = np.zeros((B, S), np.int32)
+  q_pos = np.zeros((B, T), np.int32)
+  for b, padded in enumerate((0, 2, 9)):
+    k_seg[b, padded:used] = 1
+    k_pos[b, padded:used] = np.arange(used - padded)
+    q_pos[b] = np.arange(used - padded)[-T:]
+  q_seg = np.ones((B, T), np.int32)
+  where = {
+    "q_pos_BT": q_pos,
+    "k_pos_BS": k_pos,
+    "q_seg_BT": q_seg,
+    "k_seg_BS": k_seg,
+  }
+  out = jax.jit(cached.attend)(
+    q,
+    k.transpose(0, 2, 3, 1).reshape(B * K, H, S),
+    v.transpose(0, 2, 1, 3).reshape(B * K, S, H),
+    **where,
+  )
+  want = plain_attention(q, k, v, q_pos, k_pos, q_seg, k_seg)
+  np.testing.assert_allclose(out, want, atol=2e-6)
+  np.testing.assert_allclose(
+    jax.jit(reference.attend)(q, k, v, **where), want, atol=2e-6
+  )

@@ -1,0 +1,157 @@
+"""The chunked loss against jax's own log_softmax over whole logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.kernels import cross_entropy
+
+V, D = 37, 12
+
+
+def make_case(B, T, tied, dtype=jnp.float32):
+  rng = np.random.default_rng(B * 100 + T)
+  x = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+  head = jnp.asarray(rng.normal(size=(V, D) if tied else (D, V)), jnp.float32)
+  targets = jnp.asarray(rng.integers(V, size=(B, T)))
+  weights = jnp.asarray(
+    rng.integers(3, size=(B, T)) * rng.choice([0.5, 1.0], size=(B, T)),
+    jnp.float32,
+  )
+  return x, head, targets, weights
+
+
+def plain_loss(x, head, targets, weights, tied):
+  """Whole logits, and autodiff through them."""
+  logits = jnp.einsum("btd,vd->btv", x, head if tied else head.T)
+  logprobs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+  return -jnp.sum(chosen * weights)
+
+
+def loss_sum(x, head, targets, weights, tied):
+  # A function of this file's, so that no other test's compiled chunks serve.
+  return cross_entropy.loss_sum(x, head, targets, weights, tied)
+
+
+def both(loss):
+  """The jitted loss and its two gradients."""
+  return jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+  monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 8)
+
+
+# 3 x 5: chunks of two columns, the last cut short; 9 x 4: more rows than a
+# chunk has tokens; 2 x 3: one chunk.
+@pytest.mark.parametrize("B, T", [(1, 1), (1, 16), (2, 3), (3, 5), (9, 4)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_value_and_gradients(small_chunks, B, T, tied):
+  x, head, targets, weights = make_case(B, T, tied)
+  ours, theirs = both(loss_sum), both(plain_loss)
+  value, (d_x, d_head) = ours(x, head, targets, weights, tied)
+  want, (want_x, want_head) = theirs(x, head, targets, weights, tied)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  np.testing.assert_allclose(d_x, want_x, atol=1e-5)
+  np.testing.assert_allclose(d_head, want_head, atol=2e-5)
+  # Without a gradient another code path gives the same.
+  alone = jax.jit(loss_sum, static_argnums=4)(x, head, targets, weights, tied)
+  np.testing.assert_allclose(alone, want, rtol=1e-6)
+
+
+def test_value_against_float64(small_chunks):
+  x, head, targets, weights = make_case(3, 7, True)
+  logits = np.einsum("btd,vd->btv", *(np.float64(a) for a in (x, head)))
+  nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+    logits, np.asarray(targets)[..., None], -1
+  ).squeeze(-1)
+  np.testing.assert_allclose(
+    jax.jit(loss_sum, static_argnums=4)(x, head, targets, weights, True),
+    np.sum(nll * weights),
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(
+    cross_entropy.token_nll(x, head, targets, tied=True), nll, atol=1e-5
+  )
+
+
+def test_masked_tokens_have_no_gradient(small_chunks):
+  x, head, targets, _ = make_case(2, 9, False)
+  weights = jnp.zeros((2, 9)).at[0, 4].set(1.0)
+  _, (d_x, _) = both(loss_sum)(x, head, targets, weights, False)
+  d_x = np.abs(d_x).sum(-1)
+  assert d_x[0, 4] > 0
+  assert d_x.sum() == d_x[0, 4]
+
+
+def test_a_cotangent_scales_both_gradients(small_chunks):
+  x, head, targets, weights = make_case(2, 9, True)
+
+  def scaled(x, head, by):
+    return by * cross_entropy.loss_sum(x, head, targets, weights, True)
+
+  gradients = jax.jit(jax.grad(scaled, (0, 1)))
+  one, seven = (gradients(x, head, by) for by in (1.0, 7.0))
+  for a, b in zip(one, seven, strict=True):
+    np.testing.assert_allclose(7 * a, b, rtol=1e-6)
+
+
+def test_large_logits_stay_finite(small_chunks):
+  x, head, targets, weights = make_case(1, 8, True)
+  value, grads = both(loss_sum)(1e3 * x, head, targets, weights, True)
+  assert all(np.isfinite(leaf).all() for leaf in (value, *grads))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_hidden_states(small_chunks, tied):
+  x, head, targets, weights = make_case(3, 5, tied, jnp.bfloat16)
+  value, (d_x, d_head) = both(loss_sum)(x, head, targets, weights, tied)
+  want, (want_x, want_head) = both(plain_loss)(
+    x.astype(jnp.float32), head, targets, weights, tied
+  )
+  assert value.dtype == d_head.dtype == jnp.float32
+  assert d_x.dtype == jnp.bfloat16
+  # The head is rounded to 8 bits of mantissa for the products.
+  np.testing.assert_allclose(value, want, rtol=5e-3)
+  scale = np.abs(want_head).max()
+  np.testing.assert_allclose(d_head, want_head, atol=0.02 * scale)
+  scale = np.abs(want_x).max()
+  np.testing.assert_allclose(d_x.astype(jnp.float32), want_x, atol=0.02 * scale)
+
+
+def compiled(function, B, T, words):
+  shapes = (
+    jax.ShapeDtypeStruct((B, T, 16), jnp.float32),
+    jax.ShapeDtypeStruct((words, 16), jnp.float32),
+    jax.ShapeDtypeStruct((B, T), jnp.int32),
+    jax.ShapeDtypeStruct((B, T), jnp.float32),
+  )
+  grad = jax.jit(jax.grad(lambda *args: function(*args, True), (0, 1)))
+  return grad.lower(*shapes).compile()
+
+
+def largest_buffer(program, words):
+  """The most tokens that any [..., words] array of a program holds."""
+  shapes = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program.as_text())
+  sizes = [[int(n) for n in shape.split(",")] for shape in shapes]
+  with_words = [s for s in sizes if words in s]
+  return max(int(np.prod(s)) // words for s in with_words)
+
+
+def test_whole_logits_never_exist():
+  B, T, words = 4, 1024, 20011
+  chunk = cross_entropy.CHUNK_TOKENS
+  ours = compiled(cross_entropy.loss_sum, B, T, words)
+  plain = compiled(plain_loss, B, T, words)
+  assert largest_buffer(ours, words) == chunk < B * T
+  logits = B * T * words * 4
+  # A few chunks' worth: logits, probabilities, the gradient of both.
+  assert ours.memory_analysis().temp_size_in_bytes < logits / 2
+  # The measure itself sees whole logits where they are.
+  assert largest_buffer(plain, words) == B * T
+  assert plain.memory_analysis().temp_size_in_bytes > logits
