@@ -74,7 +74,9 @@ class Ours:
         a = jax.random.normal(keys[0], (m, k), dtype)
         b = jax.random.normal(keys[1], (k, n), dtype)
         run = functools.partial(multiply, a, b)
-        seconds = cpu_worker.seconds_of(lambda run=run: run().block_until_ready())
+        seconds = cpu_worker.seconds_of(
+          lambda run=run: run().block_until_ready()
+        )
         found[f"gemm {dtype} {m}x{k}x{n}, GFLOP/s"] = (
           2 * m * k * n / seconds / 1e9
         )

@@ -9,6 +9,7 @@ fastest while warming up is what is measured.
 
 import contextlib
 import copy
+import itertools
 import pathlib
 import statistics
 import time
@@ -25,9 +26,9 @@ class Peer:
     self._choices = {}
 
   def hello(self):
-    import gguf  # noqa: F401  (its absence should show here)
     import importlib.metadata
 
+    import gguf  # noqa: F401  (its absence should show here)
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401
 
@@ -58,10 +59,6 @@ class Peer:
     self._model.generation_config = GenerationConfig(pad_token_id=0)
     self._halved = None
     return {"attention": self._model.config._attn_implementation}
-
-  def export(self, folder):
-    self._model.save_pretrained(folder)
-    return {}
 
   def rates(self):
     import torch
@@ -97,7 +94,7 @@ class Peer:
     for precision in self._precisions(dtype):
       for cache in ("dynamic", "static"):
         stamps = self._generate(ids, new, precision, cache)[1]
-        steps = [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(stamps[1:])]
         found[precision, cache] = statistics.median(steps)
     best = min(found, key=found.get)
     self._choices["decode", len(ids), dtype] = best

@@ -8,9 +8,9 @@ part of what is measured.
 
 Both sides have these methods. `dtype` is "float32" or "bfloat16"; ids are
 [B, T] lists of rows of one length; seconds everywhere.
+
   hello()                    versions and threads; imports the library
   load(weights)              the model, for all that follows
-  export(folder)             the model as a Hugging Face folder in float32
   rates()                    GEMM and copy rates of the library
   logits(ids, file)          float32 [B, T, vocab] into an .npy file
   warm(ids, new, dtype)      gets ready to decode; {"choice": TEXT}
@@ -19,7 +19,9 @@ Both sides have these methods. `dtype` is "float32" or "bfloat16"; ids are
                              row's first token, and from it to the last
   start_training(optimizer)  fresh optimizer state around the weights
   train_step(ids, dtype)     {"seconds", "loss", "grad_norm"}
-and these, which a fresh process is asked once; `began` is time.time() of its
+Ours alone has text(count), ids of real text, and export(folder), the model as
+a Hugging Face folder in float32.
+And these, which a fresh process is asked once; `began` is time.time() of its
 start and `cache` a folder for compiled programs:
   speak(weights, ids, new, dtype, began, cache)
                              {"import", "first_token", "decoded", "compile",
@@ -28,7 +30,7 @@ start and `cache` a folder for compiled programs:
                              {"first_step", "loss", "grad_norm", "peak",
                              "compile", "set_up"}
 Compile is XLA's part of set_up, which is all that a second call does not need
-(tracing too).
+(tracing too). The peak is in bytes.
 """
 
 import json

@@ -21,6 +21,7 @@ from llama_jax.checkpoint import atomic, proof
 from llama_jax.model import decoder as decoder_lib
 
 WRITES = ("orbax", "hf")
+PROOF = "conversion.txt"
 
 # Two float32 forwards that sum in another order differ by about 1e-4 on logits
 # of size 40; a wrong RoPE layout differs by tens, and its loss by 2 nats.
@@ -41,6 +42,7 @@ def convert(source: str, destination: str, *, verify: bool) -> None:
     raise errors.UserError(
       f"--src={source} and --dst={destination} are both orbax; copy the folder."
     )
+  atomic.check_new(path)
   start = time.monotonic()
   model = checkpoint.load(source, "--src")
   leaves = jax.tree.leaves(model.params)
@@ -60,8 +62,11 @@ def convert(source: str, destination: str, *, verify: bool) -> None:
     module.write_into(part, *model)
     print(f"written  {time.monotonic() - start:.1f} s", flush=True)
     if verify:
-      prove(source, f"{scheme}:{part}")
+      shown = prove(source, f"{scheme}:{part}").replace(str(part), path)
+      atomic.write_text(part / PROOF, shown)
   print(f"done     {destination}")
+  if verify:
+    print(f"proof    {PROOF} in it has every tensor's shape, dtype and hash")
 
 
 def _tokenizer(tokenizer) -> str:
@@ -71,8 +76,8 @@ def _tokenizer(tokenizer) -> str:
   return f"a tokenizer of {tokenizer.vocab_size:,} words{template}"
 
 
-def prove(source: str, written: str) -> None:
-  """Prints the proof that what was written is what was read.
+def prove(source: str, written: str) -> str:
+  """The proof that what was written is what was read, a line a tensor.
 
   Raises BadFileError where it is not.
   """
@@ -82,13 +87,13 @@ def prove(source: str, written: str) -> None:
     for reference in (source, written)
     if not reference.startswith("orbax:")
   ]
-  for reference in foreign:
-    account(reference, config, params)
-  forward(foreign[0], config, params, tokenizer)
+  tables = [account(reference, config, params) for reference in foreign]
+  outcome = forward(foreign[0], config, params, tokenizer)
+  return "\n".join([*tables, outcome + "\n"])
 
 
-def account(reference: str, config, params) -> None:
-  """Every tensor, both ways."""
+def account(reference: str, config, params) -> str:
+  """Every tensor, both ways, as a table; raises where one differs."""
   scheme, path = checkpoint.parse(reference)
   module = importlib.import_module(checkpoint.FORMATS[scheme])
   theirs, tensors = module.open_tensors(path)
@@ -97,15 +102,22 @@ def account(reference: str, config, params) -> None:
       f"{reference}: its config {theirs} is not the written one, {config}."
     )
   entries = proof.account(config, tensors, params)
-  print(proof.table(entries))
+  table = proof.table(entries)
   same = sum(entry.same for entry in entries)
-  print(f"tensors  {same} of {len(entries)} the same, there and back")
   if same != len(entries):
+    print(table)
     raise errors.BadFileError(f"{reference}: tensors differ; see the table.")
+  print(
+    f"tensors  {same} of {len(entries)} the same, there and back", flush=True
+  )
+  return f"{reference}\n{table}\n"
 
 
-def forward(reference: str, config, params, tokenizer) -> None:
-  """A forward of the foreign layout against ours on the built-in text."""
+def forward(reference: str, config, params, tokenizer) -> str:
+  """A forward of the foreign layout against ours on the built-in text.
+
+  Returns the outcome in a line; raises BadFileError where they disagree.
+  """
   scheme, path = checkpoint.parse(reference)
   module = importlib.import_module(checkpoint.FORMATS[scheme])
   _, tensors = module.open_tensors(path)
@@ -123,12 +135,12 @@ def forward(reference: str, config, params, tokenizer) -> None:
     np.ones_like(ids_BT),
   )[0][0]
   worst, their_loss, our_loss = proof.compare(theirs, np.asarray(ours), ids)
-  print(
+  outcome = (
     f"forward  {len(ids)} tokens: largest logit difference {worst:.2e} (logits"
     f" up to {np.abs(theirs).max():.1f}), mean loss {their_loss:.6f} there and"
-    f" {our_loss:.6f} here, difference {abs(their_loss - our_loss):.1e} nats",
-    flush=True,
+    f" {our_loss:.6f} here, difference {abs(their_loss - our_loss):.1e} nats"
   )
+  print(outcome, flush=True)
   scale = max(1.0, float(np.abs(theirs).max()) / 40)
   if not (
     worst <= MAX_LOGIT_DIFFERENCE * scale
@@ -138,6 +150,7 @@ def forward(reference: str, config, params, tokenizer) -> None:
       f"{reference}: our model does not compute what this checkpoint does; it"
       " was not written."
     )
+  return outcome
 
 
 def main(argv) -> None:

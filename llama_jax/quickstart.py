@@ -13,7 +13,8 @@ on where it stopped; a stage whose command changed (--steps) runs again, and so
 do those after it.
 
 Exit status: 0; 1 if the held-out loss did not fall by 5 %; 2 for a mistake in
-what was typed; that of the stage that failed; 130 when interrupted.
+what was typed; that of the stage that failed; 130 or 143 when stopped by
+Ctrl-C or SIGTERM, whether before or after the stage could save.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from llama_jax import errors, shell
-from llama_jax.checkpoint import package_index
+from llama_jax.checkpoint import atomic, download, package_index
 from llama_jax.data import standard_library
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -135,8 +136,7 @@ def run(
 
 def _weights_path(weights: str | None) -> pathlib.Path:
   if weights is None:
-    name = pathlib.PurePosixPath(package_index.SMOLLM2.member).name
-    return package_index.cache_folder() / name
+    return package_index.cache_folder() / package_index.SMOLLM2.filename
   scheme, _, path = weights.partition(":")
   if scheme != "gguf" or not path:
     raise errors.UserError(
@@ -294,7 +294,9 @@ def run_stages(
       _say("done before: " + ", ".join(str(path) for path in stage.outputs))
       continue
     if stage.name == "convert":
-      _check_space(workdir)
+      download.check_space(
+        workdir, SPACE_BYTES, "give a --workdir on another disk"
+      )
     if not stage.always:
       # Those after it may build on it.
       for later in plan[number - 1 :]:
@@ -375,16 +377,6 @@ def run_command(stage: Stage) -> int:
   return status
 
 
-def _check_space(workdir: pathlib.Path):
-  free = shutil.disk_usage(workdir).free
-  if free < SPACE_BYTES:
-    raise errors.UserError(
-      f"no space in {workdir}: the checkpoints need {SPACE_BYTES / 1e9:.0f} GB,"
-      f" {free / 1e9:.1f} GB are free; free some, or give a --workdir on"
-      " another disk"
-    )
-
-
 # What was done.
 
 
@@ -397,9 +389,7 @@ def _read_record(path: pathlib.Path) -> dict[str, str]:
 
 
 def _write_record(path: pathlib.Path, done: dict[str, str]):
-  unfinished = path.with_name(f"{path.name}.tmp")
-  unfinished.write_text(json.dumps(done, indent=2) + "\n")
-  os.replace(unfinished, path)
+  atomic.write_text(path, json.dumps(done, indent=2) + "\n")
 
 
 # What is shown.

@@ -84,12 +84,14 @@ def _strict(argv: list[str]) -> list[str]:
     for word in argv[1:]
     if word.lstrip("-").startswith("config.")
   ]
-  if path is None or not wanted or "config" not in flags.FLAGS:
+  if path is None or "config" not in flags.FLAGS:
     return argv
   if not pathlib.Path(path.split(":")[0]).is_file():
     raise errors.ConfigError(
       f"--config={path} does not exist; the recipes are in configs/."
     )
+  if not wanted:
+    return argv
   known = keys(load_config(path))
   for key in wanted:
     # A list's element or a whole section may be named too.

@@ -199,7 +199,7 @@ def check(experiment: Experiment, config, tokenizer, num_devices: int) -> None:
     )
 
 
-def first_state(experiment: Experiment, decoder, optimizer, shapes, placed):
+def first_state(experiment: Experiment, decoder, optimizer, placed):
   """State 0: params of init or fresh ones, in float32, on the mesh."""
   if experiment.init:
     params = checkpoint.load(
@@ -215,7 +215,6 @@ def first_state(experiment: Experiment, decoder, optimizer, shapes, placed):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return state_lib.create(params, optimizer)
 
-  del shapes
   return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
 
 
@@ -266,7 +265,8 @@ def train(experiment: Experiment, folder: pathlib.Path, shown: str) -> int:
   rows = batches.load_rows(experiment.data, tokenizer)
   source = batches.Batches(rows, training.batch_size, experiment.data.seed)
 
-  # The run's folder.
+  # The run's folder. A float32 state is params and two moments.
+  atomic.check_free(folder, 12 * decoder_lib.count_parameters(config))
   folder.mkdir(parents=True, exist_ok=True)
   store.write_model(folder, config, tokenizer)
   atomic.write_text(folder / "config.json", shown + "\n")
@@ -283,7 +283,7 @@ def train(experiment: Experiment, folder: pathlib.Path, shown: str) -> int:
     )
     done = checkpoints.latest()
     if done is None:
-      state = first_state(experiment, decoder, optimizer, shapes, placed)
+      state = first_state(experiment, decoder, optimizer, placed)
     else:
       state = restore(checkpoints, done, shapes, placed)
     start = int(state.step)

@@ -34,6 +34,15 @@ def check_free(path: str | os.PathLike, needed: int) -> None:
     )
 
 
+def check_new(path: str | os.PathLike) -> None:
+  """Refuses a destination that holds something already."""
+  final = pathlib.Path(path).absolute()
+  if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    raise errors.UserError(
+      f"{final} exists and is not an empty folder; name another or remove it."
+    )
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A folder to fill, which takes the path's name when all went well.
@@ -45,11 +54,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UserError: the path is taken, or the disk refuses.
   """
+  check_new(path)
   final = pathlib.Path(path).absolute()
-  if final.exists() and (not final.is_dir() or any(final.iterdir())):
-    raise errors.UserError(
-      f"{final} exists and is not an empty folder; name another or remove it."
-    )
   part = None
   try:
     final.parent.mkdir(parents=True, exist_ok=True)

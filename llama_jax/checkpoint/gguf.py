@@ -17,7 +17,7 @@ from typing import Any
 import gguf as gguf_package
 import numpy as np
 
-from llama_jax import errors
+from llama_jax import errors, text
 from llama_jax.checkpoint import gguf_config, names, proof
 from llama_jax.model import config as config_lib
 from llama_jax.text import files, gguf_header
@@ -79,9 +79,6 @@ def _tokenizer(path: str | os.PathLike, header: gguf_header.Header) -> Any:
   kind = header.metadata.get("tokenizer.ggml.model")
   if kind in (None, "none", "no_vocab"):
     return None
-  # Late, so that weights alone need no tokenizer library.
-  from llama_jax import text
-
   return text.from_gguf_metadata(header.metadata, os.fspath(path))
 
 

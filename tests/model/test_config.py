@@ -1,0 +1,75 @@
+"""A config is checked once, where it is made, and says what is legal."""
+
+import dataclasses
+
+import pytest
+
+from llama_jax import errors
+from llama_jax.model import config as config_lib
+from llama_jax.model import sizes
+
+NANO = sizes.get("nano")
+
+
+@pytest.mark.parametrize(
+  "change, named",
+  [
+    ({"vocab_size": 0}, "model.vocab_size=0"),
+    ({"embed_dim": -4}, "model.embed_dim=-4"),
+    ({"num_layers": 2.0}, "model.num_layers=2.0"),
+    ({"context_length": True}, "model.context_length=True"),
+    ({"mlp_dim": "8"}, "model.mlp_dim='8'"),
+    ({"num_kv_heads": 3}, "model.num_kv_heads=3 does not divide"),
+    ({"head_dim": 7}, "model.head_dim=7 must be even"),
+    ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
+    ({"norm_eps": float("nan")}, "model.norm_eps=nan"),
+    ({"rope_theta": -1.0}, "model.rope_theta=-1.0"),
+  ],
+)
+def test_refusals_name_the_knob_and_the_value(change, named):
+  with pytest.raises(errors.ConfigError) as caught:
+    dataclasses.replace(NANO, **change)
+  assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [(0.5, 1.0, 4.0, 8192), (8.0, 4.0, 1.0, 8192), (8.0, 0.0, 4.0, 8192)]
+  + [(8.0, 1.0, 4.0, 0)],
+)
+def test_scaling_refusals(fields):
+  with pytest.raises(errors.ConfigError, match=r"model\.rope_scaling\."):
+    config_lib.RopeScaling(*fields)
+
+
+def test_json_there_and_back():
+  scaled = dataclasses.replace(
+    NANO, rope_scaling=config_lib.RopeScaling(8.0, 1.0, 4.0, 8192)
+  )
+  import json
+
+  for config in (NANO, scaled):
+    fields = json.loads(config.to_json())
+    assert config_lib.LlamaConfig.from_dict(fields) == config
+
+
+def test_unknown_and_missing_fields():
+  fields = dataclasses.asdict(NANO)
+  with pytest.raises(errors.ConfigError, match="rope_tetha"):
+    config_lib.LlamaConfig.from_dict({**fields, "rope_tetha": 1.0})
+  del fields["rope_theta"]
+  with pytest.raises(errors.ConfigError, match="rope_theta"):
+    config_lib.LlamaConfig.from_dict(fields)
+
+
+def test_no_number_has_a_default():
+  for cls in (config_lib.LlamaConfig, config_lib.RopeScaling):
+    for field in dataclasses.fields(cls):
+      assert field.default is dataclasses.MISSING, field.name
+      assert field.default_factory is dataclasses.MISSING, field.name
+
+
+def test_unknown_size_names_those_there_are():
+  with pytest.raises(errors.ConfigError) as caught:
+    sizes.get("smollm2-136m")
+  assert all(name in str(caught.value) for name in sizes.SIZES)

@@ -1,0 +1,97 @@
+"""Every command of the README runs as it is printed, at nano size."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+  lines = "\n".join(blocks("bash")).splitlines()
+  return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(nano, tmp_path_factory) -> pathlib.Path:
+  """A folder like a clone after the quickstart, its model a nano one."""
+  folder = tmp_path_factory.mktemp("clone")
+  for name in ("llama_jax", "configs", "launch"):
+    (folder / name).symlink_to(ROOT / name)
+  done = run(
+    folder,
+    *("-m", "llama_jax.quickstart", f"--weights=hf:{nano}", "--steps=40"),
+    "--workdir=runs/quickstart",
+    "--train=--config.data.sequence_length=64",
+    "--train=--config.optimizer.peak_lr=3e-3",
+  )
+  assert "loss-curve" in done.stdout or "curves.png" in done.stdout
+  assert (folder / "runs/quickstart/run/curves.png").is_file()
+  return folder
+
+
+def run(folder: pathlib.Path, *arguments: str, given: str = ""):
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=folder,
+    input=given,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done
+
+
+def test_the_two_commands_are_the_scripts_that_are_there():
+  first, second = commands()[:2]
+  for command in (first, second):
+    assert os.access(ROOT / command[0], os.X_OK), command
+
+
+@pytest.mark.parametrize(
+  "command", [c for c in commands() if c[0] == "python"], ids=" ".join
+)
+def test_command(clone, command):
+  small = {
+    "llama_jax.train": [
+      "--config.training.steps=2",
+      "--config.training.batch_size=2",
+      "--config.data.sequence_length=32",
+    ],
+    "llama_jax.evaluate": ["--window=128", "--stride=128"],
+    "llama_jax.generate": ["--max_new_tokens=8"],
+  }.get(command[2], [])
+  # The nano model's two kv heads split in two, SmolLM2's three in three.
+  words = [
+    word.replace("cpu_devices=3", "cpu_devices=2").replace(
+      "tensor=3", "tensor=2"
+    )
+    for word in command[1:]
+  ]
+  said = "Hello there\n" if "--chat" in command else ""
+  done = run(clone, *words, *small, given=said)
+  assert done.stdout.strip()
+
+
+def test_notebook_lines(clone):
+  (lines,) = blocks("python")
+  run(clone, "-c", lines + "assert logits.shape == (1, len(ids), 512)")
+
+
+def test_tree_names_what_is_there():
+  tree = blocks("")[-1] if blocks("") else ""
+  for name in re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE):
+    assert (ROOT / "llama_jax" / name).exists(), name
