@@ -93,6 +93,8 @@ class Peer:
     found = {}
     for precision in self._precisions(dtype):
       for cache in ("dynamic", "static"):
+        if (precision, cache) == ("bfloat16 autocast", "static"):
+          continue  # transformers 5.23 refuses: its cache stays float32
         stamps = self._generate(ids, new, precision, cache)[1]
         steps = [b - a for a, b in itertools.pairwise(stamps[1:])]
         found[precision, cache] = statistics.median(steps)

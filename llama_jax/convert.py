@@ -94,8 +94,7 @@ def prove(source: str, written: str) -> str:
 
 def account(reference: str, config, params) -> str:
   """Every tensor, both ways, as a table; raises where one differs."""
-  scheme, path = checkpoint.parse(reference)
-  module = importlib.import_module(checkpoint.FORMATS[scheme])
+  module, path = checkpoint.find(reference)
   theirs, tensors = module.open_tensors(path)
   if theirs != config:
     raise errors.BadFileError(
@@ -118,15 +117,14 @@ def forward(reference: str, config, params, tokenizer) -> str:
 
   Returns the outcome in a line; raises BadFileError where they disagree.
   """
-  scheme, path = checkpoint.parse(reference)
-  module = importlib.import_module(checkpoint.FORMATS[scheme])
+  module, path = checkpoint.find(reference)
   _, tensors = module.open_tensors(path)
   if tokenizer is not None:
     ids = tokenizer.encode(proof.TEXT)
   else:
     ids = [byte % config.vocab_size for byte in proof.TEXT.encode()]
   ids = ids[: config.context_length]
-  theirs = proof.reference_logits(config, tensors.get, ids, scheme)
+  theirs = proof.reference_logits(config, tensors.get, ids, tensors.scheme)
   ids_BT = np.asarray([ids], np.int32)
   ours = decoder_lib.Decoder(config).apply(
     {"params": params},

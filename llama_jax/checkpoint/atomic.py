@@ -21,16 +21,26 @@ def write_text(path: pathlib.Path, text: str) -> None:
     part.unlink(missing_ok=True)
 
 
-def check_free(path: str | os.PathLike, needed: int) -> None:
-  """Refuses to begin what the disk under path cannot hold (bytes)."""
+def check_free(
+  path: str | os.PathLike,
+  needed: float,
+  remedy: str = "name a place on another disk",
+) -> None:
+  """Refuses to begin what the disk under path cannot hold.
+
+  Args:
+    path: where to; it and its folders need not be there yet.
+    needed: bytes.
+    remedy: what the user can do, besides freeing some.
+  """
   place = pathlib.Path(path).absolute()
   while not place.exists():
     place = place.parent
   free = shutil.disk_usage(place).free
   if free < needed:
     raise errors.UserError(
-      f"{path} needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB"
-      " free; make room or name a place on another disk."
+      f"no space in {path}: {needed / 1e6:,.0f} MB are needed,"
+      f" {free / 1e6:,.0f} MB are free; free some, or {remedy}."
     )
 
 

