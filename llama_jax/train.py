@@ -40,7 +40,9 @@ class ModelConfig:
 
   Attributes:
     size: a name of model/sizes.py, or "" where init says it.
-    dtype, attention, rematerialise: see model/decoder.py.
+    dtype: of computation, see model/decoder.py; "auto" is what the devices
+      are fastest in. Params and optimizer are float32 whatever it is.
+    attention, rematerialise: see model/decoder.py.
   """
 
   size: str
@@ -253,9 +255,10 @@ def train(experiment: Experiment, folder: pathlib.Path, shown: str) -> int:
   config, tokenizer = choose_model(experiment, folder)
   check(experiment, config, tokenizer, jax.device_count())
   devices = mesh.make(experiment.parallel)
+  dtype = experiment.model.dtype
   decoder = decoder_lib.Decoder(
     config,
-    dtype=experiment.model.dtype,
+    dtype=hosts.fastest_dtype() if dtype == "auto" else dtype,
     attention=experiment.model.attention,
     rematerialise=experiment.model.rematerialise,
   )
@@ -287,7 +290,7 @@ def train(experiment: Experiment, folder: pathlib.Path, shown: str) -> int:
     else:
       state = restore(checkpoints, done, shapes, placed)
     start = int(state.step)
-    _describe(config, devices, rows, experiment, start, folder)
+    _describe(decoder, devices, rows, experiment, start, folder)
 
     # The update.
     loss_sum = functools.partial(_loss_sum, decoder)
@@ -365,12 +368,12 @@ def restore(checkpoints: store.Checkpoints, step: int, shapes, placed):
   )
 
 
-def _describe(config, devices, rows, experiment, start, folder) -> None:
-  total = decoder_lib.count_parameters(config)
+def _describe(decoder, devices, rows, experiment, start, folder) -> None:
+  total = decoder_lib.count_parameters(decoder.config)
   axes = ", ".join(f"{name}={size}" for name, size in devices.shape.items())
   training, data = experiment.training, experiment.data
   print(
-    f"model      {total:,} parameters, compute in {experiment.model.dtype}\n"
+    f"model      {total:,} parameters, compute in {decoder.dtype}\n"
     f"mesh       {axes} on {devices.size} {devices.devices.flat[0].platform}"
     " device(s)\n"
     f"data       {len(rows):,} rows of {data.sequence_length} tokens; a batch"

@@ -1,12 +1,26 @@
 """Eight simulated devices and strict broadcasting for every test."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
+
+# A test compiles for seconds what it computes in milliseconds: LLVM's costly
+# passes are left out, which halves the suite's time.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -22,50 +36,112 @@ def smollm2() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory) -> pathlib.Path:
-  """A Hugging Face folder: random nano weights, a tokenizer, a template."""
-  import json
+def random_params():
+  """config -> params in NumPy, spread enough that attention is not flat."""
+  from llama_jax.checkpoint import names
 
-  import flax.linen as nn
+  def make(config, seed=0, spread=0.1):
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for row in names.rows(config):
+      leaf = spread * rng.normal(size=names.our_shape(config, row))
+      # Norms' scales lie around 1.
+      leaf += row.path.endswith("scale")
+      leaves[row.path] = leaf.astype(np.float32)
+    return names.nest(leaves)
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def python_source() -> list[str]:
+  """Some real text that every machine has: the source of json."""
+  folder = pathlib.Path(json.__file__).parent
+  return [file.read_text() for file in sorted(folder.glob("*.py"))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, python_source) -> pathlib.Path:
+  """A byte-level tokenizer of 500 words with BOS and EOS, trained here."""
   import tokenizers
 
-  from llama_jax import text
-  from llama_jax.checkpoint import hugging_face
-  from llama_jax.model import decoder, sizes
-
-  config = sizes.get("nano")
-  words = tmp_path_factory.mktemp("words")
-  bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+  library = tokenizers.Tokenizer(tokenizers.models.BPE())
+  library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
     add_prefix_space=False
   )
-  bpe.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=config.vocab_size,
-    special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
-    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
+  library.decoder = tokenizers.decoders.ByteLevel()
+  library.train_from_iterator(
+    python_source,
+    tokenizers.trainers.BpeTrainer(
+      vocab_size=500,
+      special_tokens=["<s>", "</s>"],
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
   )
-  root = pathlib.Path(__file__).resolve().parent.parent
-  bpe.train([str(root / "README.md"), str(root / "LICENSE")], trainer)
-  bpe.save(str(words / "tokenizer.json"))
-  (words / "tokenizer_config.json").write_text(
-    json.dumps(
-      {
-        "eos_token": "<|im_end|>",
-        "chat_template": (
-          "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-          "{{ message.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
-      }
-    )
-  )
-  params = nn.unbox(
-    jax.jit(lambda key: nn.unbox(decoder.init(decoder.Decoder(config), key)))(
-      jax.random.key(0)
-    )
-  )
-  folder = tmp_path_factory.mktemp("nano") / "weights"
-  hugging_face.write(folder, config, params, text.load_tokenizer(words))
+  folder = tmp_path_factory.mktemp("tokenizer")
+  library.save(str(folder / "tokenizer.json"))
+  names = {"bos_token": "<s>", "eos_token": "</s>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(names))
   return folder
+
+
+_DRIVER = """
+import json, os, runpy, sys, traceback
+import flax, jax, ml_collections, optax
+from llama_jax import checkpoint, evals, llama, shell, text
+from llama_jax.checkpoint import gguf, hugging_face, store
+from llama_jax.training import metrics, optimizer, state, step
+results = []
+for number, command in enumerate(json.loads(sys.argv[1])):
+  names = [f"{sys.argv[2]}/{number}.{kind}" for kind in ("out", "err")]
+  pid = os.fork()
+  if not pid:
+    for name, target in zip(names, (1, 2)):
+      os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY, 0o600), target)
+    sys.argv = command
+    code = 0
+    try:
+      runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+      code = error.code or 0
+    except BaseException:
+      traceback.print_exc()
+      code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  results.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="session")
+def run_verbs(tmp_path_factory):
+  """Runs commands, each in a process of its own, forked after the imports.
+
+  Takes lists such as ["llama_jax.train", "--workdir=..."]; gives (exit code,
+  stdout, stderr) of each.
+  """
+
+  def run(*commands):
+    folder = tmp_path_factory.mktemp("verbs")
+    arguments = json.dumps([[str(w) for w in c] for c in commands])
+    done = subprocess.run(
+      [sys.executable, "-W", "ignore", "-c", _DRIVER, arguments, str(folder)],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [
+      (
+        code,
+        (folder / f"{i}.out").read_text(),
+        (folder / f"{i}.err").read_text(),
+      )
+      for i, code in enumerate(json.loads(done.stdout))
+    ]
+
+  return run

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -39,8 +40,8 @@ def _orbax():
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-  """Orbax narrates every save at INFO and warns of harmless layouts."""
-  return "orbax" not in record.pathname or record.levelno >= logging.ERROR
+  """Orbax narrates saves and logs each failure's stack thrice; we raise it."""
+  return "orbax" not in record.pathname
 
 
 @contextlib.contextmanager
@@ -83,11 +84,16 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error) -> None:
+  def __exit__(self, kind, *error) -> None:
     try:
       self.wait()
+    except errors.UserError:
+      if kind is None:
+        raise
     finally:
-      self._orbax.close()
+      # After a failed save it fails too, with what wait has said already.
+      with contextlib.suppress(Exception):
+        self._orbax.close()
 
   def latest(self) -> int | None:
     """The newest complete step."""
@@ -114,8 +120,14 @@ class Checkpoints:
     pending, self._pending = self._pending, None
     if pending is None:
       return
-    with _writable(self._folder):
-      pending.result()
+    try:
+      with _writable(self._folder):
+        pending.result()
+    except errors.UserError:
+      # What was half-written holds space that the user is asked to free.
+      for stale in self._folder.glob("*.orbax-checkpoint-tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+      raise
 
   def restore(self, step: int, params, rest) -> tuple[Any, Any, dict[str, Any]]:
     """(params, rest, meta) of a step.
@@ -162,6 +174,8 @@ def _writable(path: pathlib.Path):
 
 def _first_line(error: Exception) -> str:
   text = str(error).strip() or type(error).__name__
+  if "No space left" in text:
+    return "no space left on the disk"
   return text.splitlines()[0][:200]
 
 

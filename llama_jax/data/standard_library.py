@@ -64,11 +64,11 @@ def write(
   train_path: str | os.PathLike,
   heldout_path: str | os.PathLike,
   root: str | os.PathLike | None = None,
-  heldout_bytes: int = 100_000,
+  heldout_bytes: int = 60_000,
 ) -> Split:
   """Writes the two sides as gzipped JSONL rows {"text", "source"}.
 
-  A row is a file. The held-out side is cut to `heldout_bytes`, about 30,000
+  A row is a file. The held-out side is cut to `heldout_bytes`, about 16,000
   tokens, shared out over all its modules, so that measuring on it is quick and
   not all about one module. The same library gives the same bytes. Each file is
   renamed into place when it is whole.

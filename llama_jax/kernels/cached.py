@@ -36,7 +36,10 @@ def attend(q_BTNH, k_nHS, v_nSH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS):
   )
   probs_BKTGS = jax.nn.softmax(scores_BKTGS, axis=-1).astype(v_nSH.dtype)
   out_nRH = jnp.einsum(
-    "nRS,nSH->nRH", probs_BKTGS.reshape(B * K, T * G, S), v_nSH
-  )
+    "nRS,nSH->nRH",
+    probs_BKTGS.reshape(B * K, T * G, S),
+    v_nSH,
+    preferred_element_type=jnp.float32,
+  ).astype(v_nSH.dtype)
   out_BKTGH = out_nRH.reshape(B, K, T, G, H)
   return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)

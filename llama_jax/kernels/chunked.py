@@ -54,7 +54,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS):
       "BKRS,BKSH->BKRH",
       probs_BKCGS.reshape(B, K, C * G, keys),
       v_BKSH[:, :, :keys],
-    )
+      preferred_element_type=jnp.float32,
+    ).astype(v_BSKH.dtype)
     blocks.append(out_BKRH.reshape(B, K, C, G, H))
   out_BKTGH = jnp.concatenate(blocks, axis=2)
   return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)

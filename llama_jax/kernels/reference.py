@@ -28,5 +28,10 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS):
   mask_BTS = visible(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
   scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASKED)
   probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH)
-  return out_BTKGH.reshape(B, T, N, H)
+  out_BTKGH = jnp.einsum(
+    "BKGTS,BSKH->BTKGH",
+    probs_BKGTS,
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+  return out_BTKGH.reshape(B, T, N, H).astype(v_BSKH.dtype)

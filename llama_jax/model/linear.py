@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels import matmul
+
 
 class Linear(nn.Module):
   """y = x @ kernel, without bias, in the compute dtype.
@@ -30,7 +32,7 @@ class Linear(nn.Module):
       self.shape,
       jnp.float32,
     )
-    return x_tI.astype(self.dtype) @ kernel.astype(self.dtype)
+    return matmul.matmul(x_tI, kernel, self.dtype)
 
 
 class Scale(nn.Module):

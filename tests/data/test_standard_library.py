@@ -43,7 +43,7 @@ def test_no_module_is_on_both_sides(tmp_path):
   assert not train_side & heldout_side
   assert len(heldout_side) >= 5
   assert split.train_bytes > 3e6
-  assert 80_000 <= split.heldout_bytes <= 100_000
+  assert 48_000 <= split.heldout_bytes <= 60_000
   sources = [row["source"] for row in _rows(train)]
   assert not [s for s in sources if "/test/" in f"/{s}"]
 

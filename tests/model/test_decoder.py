@@ -19,13 +19,18 @@ UNTIED = dataclasses.replace(NANO, tied_embeddings=False)
 
 
 @functools.cache
-def params_of(config):
-  key = jax.random.key(0)
+def fresh(config):
   decoder = decoder_lib.Decoder(config)
+  key = jax.random.key(0)
   params = jax.jit(lambda: nn.unbox(decoder_lib.init(decoder, key)))()
+  return jax.tree.map(np.asarray, params)
+
+
+@functools.cache
+def params_of(config):
   # Larger than at initialisation, so that attention is not flat and a wrong
   # position or segment moves the logits.
-  return jax.tree.map(lambda leaf: np.asarray(leaf) * 4, params)
+  return jax.tree.map(lambda leaf: leaf * 4, fresh(config))
 
 
 def tokens(B, T, seed=0):
@@ -34,10 +39,13 @@ def tokens(B, T, seed=0):
   return ids, positions, np.ones_like(ids)
 
 
+@functools.partial(jax.jit, static_argnames="decoder")
+def _forward(params, *batch, decoder):
+  return decoder.apply({"params": params}, *batch)[0]
+
+
 def forward(decoder, params, *batch):
-  return jax.jit(lambda p, *b: decoder.apply({"params": p}, *b)[0])(
-    params, *batch
-  )
+  return _forward(params, *batch, decoder=decoder)
 
 
 def paths(config):
@@ -78,7 +86,7 @@ def test_published_parameter_count():
 
 
 def test_initialisation():
-  params = jax.tree.map(lambda leaf: leaf / 4, params_of(UNTIED))
+  params = fresh(UNTIED)
   for path, leaf in names.flatten(params).items():
     if path.endswith("scale"):
       assert (leaf == 1).all()
@@ -108,15 +116,13 @@ def test_equals_a_second_llama_in_numpy(config):
 @pytest.mark.parametrize("attention", ["reference", "chunked"])
 def test_causality_by_gradient(attention):
   """No logit moves with a later token's embedding; all move with earlier."""
-  config = dataclasses.replace(NANO, vocab_size=512)
-  decoder = decoder_lib.Decoder(config, attention=attention)
+  decoder = decoder_lib.Decoder(UNTIED, attention=attention)
   T, at = 12, 5
   ids = np.arange(T, dtype=np.int32)[None]
   _, positions, segments = tokens(1, T)
   # Every token is another word, so a row of the embedding's gradient is the
-  # gradient by that token's input. The head is untied by stopping there.
+  # gradient by that token's input.
   params = params_of(UNTIED)
-  decoder = decoder.clone(config=UNTIED)
 
   def one_logit(embedding):
     changed = params | {"embed": {"embedding": embedding}}
@@ -220,7 +226,7 @@ def test_loss_sum_is_the_logits_loss():
 
 
 def test_bfloat16_stays_close():
-  params = jax.tree.map(lambda leaf: leaf / 4, params_of(NANO))
+  params = fresh(NANO)
   batch = tokens(2, 24)
   high = forward(decoder_lib.Decoder(NANO), params, *batch)
   low = forward(decoder_lib.Decoder(NANO, dtype="bfloat16"), params, *batch)

@@ -1,0 +1,280 @@
+"""The whole of train: resumed equals uninterrupted, sharded equals alone."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from llama_jax import errors, shell, train
+from llama_jax.checkpoint import names, store
+from llama_jax.training import metrics as metrics_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 40
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, python_source):
+  folder = tmp_path_factory.mktemp("corpus")
+  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
+  (folder / "a.jsonl").write_text("".join(rows))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def flags_of(corpus, tokenizer_folder):
+  """Flags of a small run; keywords are --config.training's and whole knobs."""
+
+  def make(workdir, **knobs):
+    knobs = {
+      "data.text": corpus,
+      "data.tokenizer": tokenizer_folder,
+      "data.sequence_length": 32,
+      "training.steps": STEPS,
+      "training.batch_size": 8,
+      "training.accumulation": 2,
+      "checkpoint.every": 8,
+      **knobs,
+    }
+    return [
+      "llama_jax.train",
+      f"--config={ROOT / 'configs/nano.py'}",
+      f"--workdir={workdir}",
+      *(f"--config.{name}={value}" for name, value in knobs.items()),
+    ]
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Starts a command as a user would, with one compile cache for all."""
+  cache = tmp_path_factory.mktemp("compiled")
+
+  def run(command):
+    return subprocess.Popen(
+      [sys.executable, "-m", *map(str, command)],
+      cwd=ROOT,
+      env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return run
+
+
+def rows_of(folder):
+  rows = metrics_lib.read(folder / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def final(folder):
+  params = names.flatten(store.read_params(folder))
+  return {path: np.asarray(leaf) for path, leaf in params.items()}
+
+
+def wait_for(process, folder, step):
+  """Until metrics.jsonl has the row of this step."""
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline and process.poll() is None:
+    if len(rows_of(folder)) >= step:
+      return
+    time.sleep(0.005)
+  raise AssertionError((process.poll(), process.communicate()))
+
+
+def finish(process, code=0):
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == code, err
+  return out, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags_of, start):
+  """An uninterrupted run on one device."""
+  folder = tmp_path_factory.mktemp("whole")
+  out, _ = finish(start(flags_of(folder)))
+  assert f"orbax:{folder}" in out
+  return folder
+
+
+def test_a_run_learns_and_says_so(whole):
+  rows = rows_of(whole)
+  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+  losses = [row["loss"] for row in rows]
+  # From log(512) = 6.24 by a good part of a nat.
+  assert abs(losses[0] - np.log(512)) < 0.2
+  assert np.mean(losses[-5:]) < losses[0] - 0.7
+  assert all(row["skipped"] == 0 for row in rows)
+  for name in ("config.json", "model.json", "curves.png", "tokenizer"):
+    assert (whole / name).exists()
+  assert json.loads((whole / "config.json").read_text())["training"]["steps"]
+  kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
+  assert kept == ["32", "40"]
+
+
+def test_stopped_and_killed_and_resumed_equals_uninterrupted(
+  whole, flags_of, start, tmp_path
+):
+  """SIGTERM at about step 10, kill -9 at about step 24, then to the end."""
+  flags = flags_of(tmp_path)
+  first = start(flags)
+  wait_for(first, tmp_path, 10)
+  first.send_signal(signal.SIGTERM)
+  _, err = finish(first, 143)
+  stopped = len(rows_of(tmp_path))
+  assert 10 <= stopped < STEPS
+  assert f"stopped and saved at step {stopped} of {STEPS}" in err
+  assert (tmp_path / "checkpoints" / str(stopped)).is_dir()
+
+  second = start(flags)
+  wait_for(second, tmp_path, max(24, stopped + 5))
+  second.kill()
+  finish(second, -signal.SIGKILL)
+  assert len(rows_of(tmp_path)) < STEPS
+
+  out, _ = finish(start(flags))
+  assert f"to {STEPS} in" in out and "steps 0 to" not in out
+  # Bitwise: the same numbers in every row, the same bytes in every weight.
+  assert rows_of(tmp_path) == rows_of(whole)
+  ours, want = final(tmp_path), final(whole)
+  for path in want:
+    assert ours[path].tobytes() == want[path].tobytes(), path
+
+
+def experiment(flags):
+  """The Experiment behind a command's flags."""
+  config = shell.load_config(str(ROOT / "configs/nano.py"))
+  for flag in flags[3:]:
+    name, _, value = flag.removeprefix("--config.").partition("=")
+    section, _, key = name.partition(".")
+    old = config[section][key]
+    config[section][key] = type(old)(value)
+  return train.read_experiment(config)
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1)], ids=str)
+def test_a_mesh_equals_one_device(axes, whole, flags_of, tmp_path):
+  """Ten steps of one run, on eight devices, within float32 noise."""
+  names_ = ("parallel.data", "parallel.fsdp", "parallel.tensor")
+  # Microbatches of eight rows, so that eight devices can share one; sums of
+  # the same rows in another order.
+  flags = flags_of(tmp_path, **dict(zip(names_, axes, strict=True)))
+  asked = experiment(flags)
+  asked = dataclasses.replace(
+    asked,
+    training=dataclasses.replace(asked.training, accumulation=1),
+    checkpoint=dataclasses.replace(asked.checkpoint, every=1000),
+  )
+
+  class Enough(Exception):
+    pass
+
+  # The schedule is that of the whole run; ten of them are run.
+  seen = []
+  add = metrics_lib.Metrics.add
+
+  def stop_after_ten(self, step, values):
+    seen.append({name: value.item() for name, value in values.items()})
+    add(self, step, values)
+    if step == 10:
+      raise Enough
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics_lib.Metrics, "add", stop_after_ten)
+    with pytest.raises(Enough):
+      train.train(asked, tmp_path, "{}")
+  for ours, want in zip(seen, rows_of(whole)[:10], strict=True):
+    np.testing.assert_allclose(ours["loss"], want["loss"], rtol=2e-5)
+    np.testing.assert_allclose(ours["grad_norm"], want["grad_norm"], rtol=2e-4)
+    assert ours["tokens"] == want["tokens"]
+
+
+def one_line(result, *said):
+  code, out, err = result
+  assert code == 2, err
+  assert err.startswith("error: ") and err.count("\n") == 1, err
+  for words in said:
+    assert words in err, err
+  assert "Traceback" not in out + err
+
+
+def test_mistakes_end_in_one_line(run_verbs, flags_of, tmp_path, corpus):
+  missing = ["llama_jax.train", *flags_of("")[1:2]]
+  cases = {
+    "misspelt": (
+      [*flags_of(tmp_path / "w"), "--config.optimizer.peak_rl=1"],
+      ("--config.optimizer.peak_rl", "nearest", "--config.optimizer.peak_lr"),
+    ),
+    "not a number": (
+      flags_of(tmp_path / "w", **{"training.steps": "many"}),
+      ("training.steps", "many"),
+    ),
+    "mesh": (
+      [*flags_of(tmp_path / "w", **{"parallel.tensor": 4}), "--cpu_devices=8"],
+      ("parallel.tensor=4", "model.num_kv_heads=2", "1, 2"),
+    ),
+    "mesh of too many": (
+      flags_of(tmp_path / "w", **{"parallel.data": 3}),
+      ("parallel.data=3", "need 3 devices and there are 1"),
+    ),
+    "no workdir": (missing, ("--workdir",)),
+    "no config": (
+      ["llama_jax.train", f"--workdir={tmp_path / 'w'}"],
+      ("--config",),
+    ),
+    "config file": (
+      ["llama_jax.train", "--config=configs/none.py", "--workdir=w"],
+      ("configs/none.py",),
+    ),
+    "no text": (
+      flags_of(tmp_path / "w", **{"data.text": tmp_path / "nope"}),
+      ("data.text", "nope does not exist"),
+    ),
+    "too little text": (
+      flags_of(
+        tmp_path / "w",
+        **{"training.batch_size": 4096, "training.accumulation": 1},
+      ),
+      ("training.batch_size=4096",),
+    ),
+    "no model": (
+      flags_of(tmp_path / "w", **{"model.size": ""}),
+      ("--config.init", "--config.model.size"),
+    ),
+    "too long": (
+      flags_of(tmp_path / "w", **{"data.sequence_length": 1024}),
+      ("data.sequence_length=1024", "256"),
+    ),
+    "a stray word": (
+      [*flags_of(tmp_path / "w"), "steps=3"],
+      ("'steps=3' is not a flag",),
+    ),
+  }
+  results = run_verbs(*(command for command, _ in cases.values()))
+  for (name, (_, said)), result in zip(cases.items(), results, strict=True):
+    print(name)
+    one_line(result, *said)
+  assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(whole, flags_of, start):
+  before = rows_of(whole)
+  out, _ = finish(start(flags_of(whole)))
+  assert f"done: step {STEPS}" in out
+  assert rows_of(whole) == before
+
+
+def test_another_model_in_the_same_folder_is_refused(whole, flags_of):
+  flags = flags_of(whole, **{"model.size": "smollm2-135m"})
+  with pytest.raises(errors.ConfigError, match="smollm2-135m is not the size"):
+    train.train(experiment(flags), whole, "{}")
