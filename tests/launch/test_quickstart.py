@@ -183,9 +183,9 @@ def test_loss_that_did_not_fall_is_said_and_fails(start, capsys, losses):
 
 
 def test_bad_weights_are_refused(start):
-  with pytest.raises(errors.UserError, match="use one of .*gguf:PATH"):
+  with pytest.raises(errors.UserError, match=r"use one of .*gguf:PATH"):
     start(weights="model.gguf")
-  with pytest.raises(errors.BadFileError, match="--weights=.* does not exist"):
+  with pytest.raises(errors.BadFileError, match=r"--weights=.* does not exist"):
     start(weights="gguf:/nowhere/model.gguf")
 
 
