@@ -110,7 +110,7 @@ class Checkpoints:
       meta: JSON: what the arrays do not say (data position).
     """
     self.wait()
-    with _context():
+    with _context(), _writable(self._folder):
       self._pending = self._orbax.save_checkpointables_async(
         step, {"params": params, "training": rest, "meta": meta}
       )

@@ -20,10 +20,8 @@ def expand(
   A string may name several paths with commas between; a folder stands for all
   files below it, by name, hidden ones left out.
   """
-  if isinstance(text, str):
-    text = [text] if os.path.exists(text) else text.split(",")
   files: list[pathlib.Path] = []
-  for entry in text:
+  for entry in _named(text):
     path = pathlib.Path(entry)
     if not entry or not path.exists():
       raise errors.BadFileError(
@@ -45,6 +43,13 @@ def expand(
   return files
 
 
+def _named(text: str | list[str] | tuple[str, ...]) -> list[str]:
+  """The paths as they were given, one by one."""
+  if isinstance(text, str):
+    return [text] if os.path.exists(text) else text.split(",")
+  return list(text)
+
+
 def read(path: pathlib.Path) -> Iterator[str]:
   """Documents of one file: a JSONL row's "text" each, else the whole file.
 
@@ -54,7 +59,7 @@ def read(path: pathlib.Path) -> Iterator[str]:
   try:
     with _open(path) as file:
       if not name.endswith(JSONL):
-        text = file.read().decode("utf-8")
+        text = file.read().decode("utf-8-sig")
         if text:
           yield text
         return
@@ -82,7 +87,7 @@ def _open(path: pathlib.Path):
 
 def _row(path: pathlib.Path, number: int, line: bytes) -> str:
   try:
-    row = json.loads(line.decode("utf-8"))
+    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
   except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
     raise errors.BadFileError(
       f"{path}, line {number}: not a JSON object ({error})."
@@ -102,7 +107,7 @@ def documents(
   In a folder, files that are not UTF-8 text are passed over; a file that was
   named must be readable.
   """
-  named = {pathlib.Path(p) for p in ([text] if isinstance(text, str) else text)}
+  named = {pathlib.Path(path) for path in _named(text)}
   found: list[str] = []
   for path in expand(text, knob):
     try:

@@ -18,7 +18,7 @@ class OptimizerConfig:
   Attributes:
     peak_lr: learning rate after warmup.
     warmup_steps: steps of linear growth from 0.
-    final_lr_fraction: of the peak, reached by a cosine at the last step.
+    final_lr_fraction: of the peak, where the cosine ends after the last step.
     b1, b2, eps: AdamW's.
     weight_decay: applied to matrices only; norms' scales are left alone.
     clip_norm: the gradient's largest global norm.

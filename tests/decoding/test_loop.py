@@ -193,6 +193,9 @@ def work_on_whole_caches(program, size):
         called = blocks[re.search(r"calls=%?([\w.\-]+)", line)[1]]
         root = next(one for one in called if one.lstrip().startswith("ROOT"))
         kind = re.search(r"\S+ ([\w\-]+)\(", root.split(" = ")[1])[1]
+        # In place only where it writes into what came in as it was.
+        if kind == "dynamic-update-slice" and "slice(%param" not in root:
+          kind = "computed"
       if kind == "dynamic-update-slice":
         writes += 1
       elif kind not in ("parameter", "get-tuple-element", "bitcast"):
