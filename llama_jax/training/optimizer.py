@@ -6,6 +6,7 @@ As LLaMA 1 and 2 train (arXiv:2302.13971, 2.3; arXiv:2307.09288, 2.2).
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llama_jax import errors
@@ -76,16 +77,42 @@ def decayed(params):
   )
 
 
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The whole chain: clip, Adam, decay, rate."""
+def scale_by_adam(
+  b1: float, b2: float, eps: float
+) -> optax.GradientTransformationExtraArgs:
+  """optax.scale_by_adam whose moments are updated in place.
+
+  Its update takes finite=, a bool scalar: where it is false the moments stay
+  bitwise as they were. Both are decided in one pass, and the barrier makes the
+  step's direction read the new moments. Otherwise XLA computes it from the old
+  ones, and must copy all of them first: 1 GB and its traffic for 135M
+  parameters.
+  """
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+  def update(gradients, state, params=None, *, finite=True, **others):
+    del others
+    _, new = adam.update(gradients, state, params)
+    new = jax.lax.optimization_barrier(
+      jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    )
+    # A first step that is skipped leaves the count at 0, and 0 / 0 behind.
+    count = jnp.maximum(new.count, 1)
+    mu = optax.tree.bias_correction(new.mu, b1, count)
+    nu = optax.tree.bias_correction(new.nu, b2, count)
+    direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+    return direction, new
+
+  return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def make(
+  config: OptimizerConfig, steps: int
+) -> optax.GradientTransformationExtraArgs:
+  """The whole chain: clip, Adam, decay, rate. Its update takes finite=."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=decayed,
-    ),
+    scale_by_adam(config.b1, config.b2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, decayed),
+    optax.scale_by_learning_rate(schedule(config, steps)),
   )

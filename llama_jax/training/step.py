@@ -35,7 +35,7 @@ def accumulate(objective: Callable, params, microbatches, frozen=None):
 
 def make(
   objective: Callable,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformationExtraArgs,
   schedule: optax.Schedule,
 ) -> Callable:
   """(state, microbatches, frozen) -> (state, metrics), to be jitted.
@@ -56,18 +56,22 @@ def make(
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
+    def choose(new, old):
+      return jnp.where(finite, new, old)
+
     updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
+      gradients, state.opt_state, state.params, finite=finite
     )
     params = optax.apply_updates(state.params, updates)
-
-    def choose(new, old):
-      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
     new = state_lib.TrainState(
       step=state.step + 1,
-      params=choose(params, state.params),
-      opt_state=choose(opt_state, state.opt_state),
+      params=jax.tree.map(choose, params, state.params),
+      # The moments are kept by the optimizer itself, the counters here.
+      opt_state=jax.tree.map(
+        lambda new, old: new if new.ndim else choose(new, old),
+        opt_state,
+        state.opt_state,
+      ),
       skipped=state.skipped + jnp.where(finite, 0, 1),
     )
     metrics = {
