@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
         "seed": 0,
       },
       "optimizer": {
-        "peak_lr": 2e-4,
+        "peak_lr": 6e-4,
         "warmup_steps": 3,
         "final_lr_fraction": 0.1,
         "b1": 0.9,

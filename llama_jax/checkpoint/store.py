@@ -49,6 +49,9 @@ def _context():
   ocp = _orbax()
   context = ocp.Context()
   context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+  # Trained float32 hardly compresses; trying costs seconds of every core and
+  # as much memory as the state again.
+  context.array.saving.use_compression = False
   context.memory.read_concurrent_bytes = READ_BYTES
   if jax.process_count() == 1:
     # Sharing a copy's write-out among its replicas pays between hosts; within
