@@ -39,7 +39,7 @@ DTYPES = ("float32", "bfloat16")
 # In the order in which they take turns.
 VARIANTS = tuple(f"{side} {dtype}" for dtype in DTYPES for side in SIDES)
 
-# Ours over the peer's float32, from the issue that asked for this benchmark:
+# What the project aims at, ours over the peer's float32:
 # at least, for rates, and at most, for memory and times to start.
 BARS = {
   "train 4 x 512": 1.7,

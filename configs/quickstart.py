@@ -7,7 +7,7 @@ Source: arXiv:2308.12950 for the idea of going on from a language model with
 code; its AdamW betas, decay and clipping (2.3 there; eps after
 arXiv:2307.09288). Steps, batch and rate are ours, for minutes on two cores.
 Expected: on the standard library's own source, held-out loss falls by more
-than 5 % in 30 steps.
+than 5 % in 36 steps (5.8 % was seen after 30).
 """
 
 import ml_collections
@@ -31,15 +31,15 @@ def get_config() -> ml_collections.ConfigDict:
         "tokenizer": "",
       },
       "training": {
-        "steps": 30,
+        "steps": 36,
         "batch_size": 2,
         "accumulation": 1,
         "seed": 0,
       },
       "optimizer": {
-        "peak_lr": 6e-4,
+        "peak_lr": 1.2e-4,
         "warmup_steps": 3,
-        "final_lr_fraction": 0.1,
+        "final_lr_fraction": 0.0,
         "b1": 0.9,
         "b2": 0.95,
         "eps": 1e-5,
