@@ -190,7 +190,8 @@ def stream(
   longest = max(len(prompt) for prompt in prompts)
   shortest = min(len(prompt) for prompt in prompts)
   context = decoder.config.context_length
-  check_length(shortest and longest, max_new_tokens, context)
+  # The longest decides, unless there is an empty one to refuse.
+  check_length(longest if shortest else 0, max_new_tokens, context)
   length = bucket(longest, PROMPT_BUCKET)
   # The loop may run past the last token wanted, up to the end of its call.
   slots = bucket(length + max_new_tokens + tokens_per_call, CACHE_BUCKET)
