@@ -113,7 +113,7 @@ class Checkpoints:
       meta: JSON: what the arrays do not say (data position).
     """
     self.wait()
-    with _context(), _writable(self._folder):
+    with _context(), self._saving():
       self._pending = self._orbax.save_checkpointables_async(
         step, {"params": params, "training": rest, "meta": meta}
       )
@@ -123,9 +123,15 @@ class Checkpoints:
     pending, self._pending = self._pending, None
     if pending is None:
       return
+    with self._saving():
+      pending.result()
+
+  @contextlib.contextmanager
+  def _saving(self):
+    """Either half of a save: its failure is one of ours and leaves nothing."""
     try:
       with _writable(self._folder):
-        pending.result()
+        yield
     except errors.UserError:
       # What was half-written holds space that the user is asked to free.
       for stale in self._folder.glob("*.orbax-checkpoint-tmp"):

@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels import matmul
+
 # Tokens (of all rows together) whose logits exist at once.
 CHUNK_TOKENS = 512
 
@@ -20,7 +22,7 @@ def project(x_BTD, head, *, tied: bool) -> jax.Array:
   """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V]."""
   B, T, D = x_BTD.shape
   x_tD = x_BTD.reshape(B * T, D)
-  logits = _product(x_tD, head.astype(x_BTD.dtype), 1, 1 if tied else 0)
+  logits = matmul.product(x_tD, head.astype(x_BTD.dtype), 1, 1 if tied else 0)
   return logits.reshape(B, T, -1)
 
 
@@ -100,11 +102,11 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
     d_tV = d_tV.astype(x_BCD.dtype).reshape(B * C, -1)
     x_tD = x_BCD.reshape(B * C, D)
     # All products give float32 (kernels/matmul.py says why).
-    d_x_tD = _product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
+    d_x_tD = matmul.product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
     pair = (d_tV, x_tD) if tied else (x_tD, d_tV)
     total = total + jnp.sum(nll_BC * weights_BC)
     d_x_BCD = d_x_tD.astype(x_BCD.dtype).reshape(B, C, D)
-    return (total, d_head + _product(*pair, 0, 0)), d_x_BCD
+    return (total, d_head + matmul.product(*pair, 0, 0)), d_x_BCD
 
   start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
   (total, d_head), d_x = jax.lax.scan(
@@ -113,15 +115,6 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
   d_x_BTD = _join(d_x, x_BTD.shape[1])
   # An empty array carries the head's dtype, which a residual cannot.
   return total, (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))
-
-
-def _product(a, b, axis_a: int, axis_b: int) -> jax.Array:
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((axis_a,), (axis_b,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
 
 
 def _loss_backward(tied, residuals, cotangent):

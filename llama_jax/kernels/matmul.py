@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 
 
-def _dot(a, b, over: tuple[int, int], dtype) -> jax.Array:
-  """Contracts one axis of each; products are summed in float32."""
-  sums = jax.lax.dot_general(
+def product(a, b, axis_a: int, axis_b: int) -> jax.Array:
+  """Contracts one axis of each matrix; summed and returned in float32."""
+  return jax.lax.dot_general(
     a,
     b,
-    (((over[0],), (over[1],)), ((), ())),
+    (((axis_a,), (axis_b,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
-  return sums.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -29,7 +28,8 @@ def matmul(x_tI: jax.Array, kernel_IO: jax.Array, dtype) -> jax.Array:
   product takes operands of dtype and gives float32: the only form of a
   bfloat16 product that XLA on CPU hands to the matrix units (3.5x there).
   """
-  return _dot(x_tI.astype(dtype), kernel_IO.astype(dtype), (1, 0), dtype)
+  x_tI, kernel_IO = x_tI.astype(dtype), kernel_IO.astype(dtype)
+  return product(x_tI, kernel_IO, 1, 0).astype(dtype)
 
 
 def _forward(x_tI, kernel_IO, dtype):
@@ -38,9 +38,9 @@ def _forward(x_tI, kernel_IO, dtype):
 
 def _backward(dtype, residuals, d_tO):
   x_tI, kernel_IO = residuals
-  d_x = _dot(d_tO, kernel_IO.astype(dtype), (1, 1), x_tI.dtype)
-  d_kernel = _dot(x_tI.astype(dtype), d_tO, (0, 0), kernel_IO.dtype)
-  return d_x, d_kernel
+  d_x_tI = product(d_tO, kernel_IO.astype(dtype), 1, 1)
+  d_kernel_IO = product(x_tI.astype(dtype), d_tO, 0, 0)
+  return d_x_tI.astype(x_tI.dtype), d_kernel_IO.astype(kernel_IO.dtype)
 
 
 matmul.defvjp(_forward, _backward)

@@ -32,9 +32,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, axis: int = 0):
 
 
 def fastest_dtype() -> str:
-  """ "bfloat16" where the devices multiply it faster than float32.
+  """The dtype that the devices multiply fastest.
 
-  That is on every accelerator, and on CPUs with matrix units for it (AMX).
+  bfloat16 on every accelerator and on CPUs with matrix units for it (AMX),
+  else float32.
   """
   if jax.default_backend() != "cpu":
     return "bfloat16"
