@@ -22,8 +22,12 @@ def project(x_BTD, head, *, tied: bool) -> jax.Array:
   """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V]."""
   B, T, D = x_BTD.shape
   x_tD = x_BTD.reshape(B * T, D)
-  logits = matmul.product(x_tD, head.astype(x_BTD.dtype), 1, 1 if tied else 0)
-  return logits.reshape(B, T, -1)
+  head = head.astype(x_BTD.dtype)
+  if tied:
+    logits_tV = matmul.product_rows(x_tD, head)
+  else:
+    logits_tV = matmul.product(x_tD, head, 1, 0)
+  return logits_tV.reshape(B, T, -1)
 
 
 def _chunks(x_BTD, *others_BT):

@@ -44,3 +44,20 @@ def _backward(dtype, residuals, d_tO):
 
 
 matmul.defvjp(_forward, _backward)
+
+
+# Up to so many rows the weight goes first: XLA on CPU then reads it in order
+# on all cores (1.7x at 8 rows); above, the order makes no difference.
+_FEW_ROWS = 32
+
+
+def product_rows(x_tI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+  """x @ kernel.T on [t, in] and [out, in]: float32 [t, out]."""
+  if x_tI.shape[0] <= _FEW_ROWS:
+    return product(kernel_OI, x_tI, 1, 1).T
+  return product(x_tI, kernel_OI, 1, 1)
+
+
+def matmul_rows(x_tI: jax.Array, kernel_OI: jax.Array, dtype) -> jax.Array:
+  """product_rows in a compute dtype, for decoding."""
+  return product_rows(x_tI.astype(dtype), kernel_OI.astype(dtype)).astype(dtype)

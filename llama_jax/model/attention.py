@@ -32,6 +32,7 @@ class Attention(nn.Module):
   config: config_lib.LlamaConfig
   dtype: jnp.dtype
   kernel: str
+  transposed: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, tokens: Tokens, layer=None, cache=None):
@@ -45,7 +46,12 @@ class Attention(nn.Module):
 
     def project(name, heads, axis):
       layer_ = linear.Linear(
-        (D, heads * H), ("embed", axis), 0.02, self.dtype, name=name
+        (D, heads * H),
+        ("embed", axis),
+        0.02,
+        self.dtype,
+        self.transposed,
+        name=name,
       )
       y_BTNH = layer_(x_tD).reshape(B, T, heads, H)
       return rules.constrain(y_BTNH, "batch", None, axis, None)
@@ -85,6 +91,7 @@ class Attention(nn.Module):
       ("heads", "embed"),
       0.02 / (2 * config.num_layers) ** 0.5,
       self.dtype,
+      self.transposed,
       name="out",
     )
     return out(out_BTNH.reshape(B * T, N * H)).reshape(B, T, D), written

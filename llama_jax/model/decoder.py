@@ -2,7 +2,8 @@
 
 Params are a plain nested dict (checkpoint/names.py lists every path). For
 training the layers are stacked and scanned; for decoding they are unstacked
-and unrolled, which reads each weight in place (1.4x faster a token on CPU).
+and unrolled, which reads each weight in place (1.4x faster a token on CPU),
+and kernels are transposed (kernels/matmul.py says why).
 
 B batch, T tokens, D embed, V vocab, L layers.
 """
@@ -29,19 +30,20 @@ class Block(nn.Module):
   config: config_lib.LlamaConfig
   dtype: jnp.dtype
   kernel: str
+  transposed: bool = False
 
   @nn.compact
   def __call__(self, x_BTD, tokens: attention.Tokens, layer=None, cache=None):
     D, eps = self.config.embed_dim, self.config.norm_eps
     scale_D = linear.Scale(D, name="attention_norm")()
     added_BTD, written = attention.Attention(
-      self.config, self.dtype, self.kernel, name="attention"
+      self.config, self.dtype, self.kernel, self.transposed, name="attention"
     )(norm.rms_norm(x_BTD, scale_D, eps), tokens, layer, cache)
     x_BTD = x_BTD + added_BTD
     scale_D = linear.Scale(D, name="mlp_norm")()
-    x_BTD = x_BTD + mlp.MLP(self.config, self.dtype, name="mlp")(
-      norm.rms_norm(x_BTD, scale_D, eps)
-    )
+    x_BTD = x_BTD + mlp.MLP(
+      self.config, self.dtype, self.transposed, name="mlp"
+    )(norm.rms_norm(x_BTD, scale_D, eps))
     return rules.constrain(x_BTD, "batch", None, None), written
 
 
@@ -54,7 +56,7 @@ class Decoder(nn.Module):
       float32 whatever it is; the residual stream is in dtype.
     attention: a key of kernels.ATTENTION.
     rematerialise: "full" recomputes each block in the backward pass.
-    scan: stacked layers under a scan; False unrolls unstacked ones.
+    scan: stacked layers under a scan; False unrolls what unstack made.
   """
 
   config: config_lib.LlamaConfig
@@ -96,10 +98,10 @@ class Decoder(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(*fields)
     else:
-      self.layers = [Block(*fields) for i in range(config.num_layers)]
+      self.layers = [Block(*fields, True) for i in range(config.num_layers)]
     self.final_norm = linear.Scale(D)
     if not config.tied_embeddings:
-      self.head = Head(D, V)
+      self.head = Head(D, V, not self.scan)
 
   def hidden(self, ids_BT, positions_BT, segments_BT, cache=None):
     """Hidden states [B, T, D] after the last norm, and the cache."""
@@ -142,9 +144,8 @@ class Decoder(nn.Module):
 
   def logits(self, x_BTD) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    return cross_entropy.project(
-      x_BTD, self._head(), tied=self.config.tied_embeddings
-    )
+    rows = self.config.tied_embeddings or not self.scan
+    return cross_entropy.project(x_BTD, self._head(), tied=rows)
 
   def __call__(self, ids_BT, positions_BT, segments_BT, cache=None):
     """Logits float32 [B, T, V] and the cache (None where none was given).
@@ -191,18 +192,23 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-  """The untied output projection, float32 [D, V] at initialisation."""
+  """The untied output projection, float32 [D, V] at initialisation.
+
+  transposed: it lies as [V, D], which decoding wants.
+  """
 
   embed_dim: int
   vocab_size: int
+  transposed: bool = False
 
   @nn.compact
   def __call__(self) -> jax.Array:
     init = nn.initializers.normal(0.02)
+    order = -1 if self.transposed else 1
     return self.param(
       "kernel",
-      nn.with_logical_partitioning(init, ("embed", "vocab")),
-      (self.embed_dim, self.vocab_size),
+      nn.with_logical_partitioning(init, ("embed", "vocab")[::order]),
+      (self.embed_dim, self.vocab_size)[::order],
       jnp.float32,
     )
 
@@ -218,14 +224,21 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-  """Scanned params to unrolled ones: "layers" [L, ...] -> "layers_0" ..."""
+  """Params for decoding: "layers" [L, ...] -> "layers_0" ..., each kernel as
+  [out, in]."""
+
+  def turned(tree):
+    return jax.tree.map_with_path(
+      lambda path, leaf: leaf.T if path[-1].key == "kernel" else leaf, tree
+    )
+
   rest = {name: tree for name, tree in params.items() if name != "layers"}
   count = jax.tree.leaves(params["layers"])[0].shape[0]
   layers = {
     f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
     for i in range(count)
   }
-  return rest | layers
+  return turned(rest | layers)
 
 
 def count_parameters(config: config_lib.LlamaConfig) -> int:

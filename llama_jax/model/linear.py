@@ -15,24 +15,28 @@ class Linear(nn.Module):
     axes: logical names of the two axes (parallel/rules.py).
     stddev: of the normal initialisation.
     dtype: compute dtype; the kernel is stored in float32 at initialisation.
+    transposed: the kernel lies as [out, in], which decoding wants.
   """
 
   shape: tuple[int, int]
   axes: tuple[str, str]
   stddev: float
   dtype: jnp.dtype
+  transposed: bool = False
 
   @nn.compact
   def __call__(self, x_tI: jax.Array) -> jax.Array:
+    order = -1 if self.transposed else 1
     kernel = self.param(
       "kernel",
       nn.with_logical_partitioning(
-        nn.initializers.normal(self.stddev), self.axes
+        nn.initializers.normal(self.stddev), self.axes[::order]
       ),
-      self.shape,
+      self.shape[::order],
       jnp.float32,
     )
-    return matmul.matmul(x_tI, kernel, self.dtype)
+    multiply = matmul.matmul_rows if self.transposed else matmul.matmul
+    return multiply(x_tI, kernel, self.dtype)
 
 
 class Scale(nn.Module):

@@ -13,14 +13,20 @@ class MLP(nn.Module):
 
   config: config_lib.LlamaConfig
   dtype: jnp.dtype
+  transposed: bool = False
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     D, F = self.config.embed_dim, self.config.mlp_dim
     x_tD = x_BTD.reshape(-1, D)
-    wide, narrow = ("embed", "mlp"), ("mlp", "embed")
     last = 0.02 / (2 * self.config.num_layers) ** 0.5
-    gate_tF = linear.Linear((D, F), wide, 0.02, self.dtype, name="gate")(x_tD)
-    up_tF = linear.Linear((D, F), wide, 0.02, self.dtype, name="up")(x_tD)
-    down = linear.Linear((F, D), narrow, last, self.dtype, name="down")
+
+    def project(name, shape, axes, stddev):
+      return linear.Linear(
+        shape, axes, stddev, self.dtype, self.transposed, name=name
+      )
+
+    gate_tF = project("gate", (D, F), ("embed", "mlp"), 0.02)(x_tD)
+    up_tF = project("up", (D, F), ("embed", "mlp"), 0.02)(x_tD)
+    down = project("down", (F, D), ("mlp", "embed"), last)
     return down(nn.silu(gate_tF) * up_tF).reshape(x_BTD.shape)
