@@ -1,5 +1,6 @@
 """config.json of a Hugging Face folder, of every version of transformers."""
 
+import dataclasses
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -37,11 +38,15 @@ _REQUIRED = {
 }
 # What transformers takes a missing rope_theta to mean (Llama 1 lacks it).
 _ROPE_THETA = 10000.0
-_LLAMA3_FIELDS = {
-  "factor": "factor",
-  "low_freq_factor": "low_freq_factor",
-  "high_freq_factor": "high_freq_factor",
-  "original_context": "original_max_position_embeddings",
+# kind of scaling: our field -> the name that config.json gives it
+_SCALING_FIELDS = {
+  "linear": {"factor": "factor"},
+  "llama3": {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context": "original_max_position_embeddings",
+  },
 }
 
 
@@ -101,8 +106,9 @@ def write_fields(
     fields[theirs[0]] = getattr(config, ours)
   scaling = None
   if config.rope_scaling is not None:
-    scaling = {"rope_type": "llama3"}
-    for ours, theirs in _LLAMA3_FIELDS.items():
+    kind = config.rope_scaling.kind
+    scaling = {"rope_type": kind}
+    for ours, theirs in _SCALING_FIELDS[kind].items():
       scaling[theirs] = getattr(config.rope_scaling, ours)
   fields["rope_scaling"] = scaling
   fields["rope_parameters"] = {
@@ -173,21 +179,23 @@ def _scaling(
     )
   if kind in ("default", None):
     return None
-  if kind != "llama3":
+  if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
+    allowed = ", ".join(repr(one) for one in ("default", *_SCALING_FIELDS))
     raise errors.BadFileError(
-      f"{file} has the rope type {kind!r}; 'default' and 'llama3' are"
-      " supported."
+      f"{file} has the rope type {reprlib.repr(kind)}; {allowed} are supported."
     )
-  values = {}
-  for ours, theirs in _LLAMA3_FIELDS.items():
+  fields = dataclasses.fields(config_lib.RopeScaling)
+  values: dict[str, Any] = {field.name: None for field in fields}
+  for ours, theirs in _SCALING_FIELDS[kind].items():
     values[ours] = _real(rope.get(theirs), f"rope {theirs}", file)
+  values["kind"] = kind
   original = values["original_context"]
-  if not original.is_integer():
+  if original is not None and not original.is_integer():
     raise errors.BadFileError(
       f"{file} has original_max_position_embeddings={original!r}; it must be"
       " a whole number."
     )
-  values["original_context"] = int(original)
+  values["original_context"] = None if original is None else int(original)
   try:
     return config_lib.RopeScaling(**values)
   except errors.ConfigError as error:

@@ -6,40 +6,65 @@ value can only come from a preset, a checkpoint or a config file.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from llama_jax import errors
 
+ROPE_KINDS = ("llama3", "linear")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3.1's stretching of the rotary frequencies (arXiv:2407.21783).
+  """A stretching of the rotary frequencies.
 
-  Wavelengths above original_context / low_freq_factor are slowed by factor,
-  those below original_context / high_freq_factor stay, and those between are
-  interpolated.
+  "linear" slows them all by factor (arXiv:2306.15595). "llama3" is Llama 3.1's
+  (arXiv:2407.21783): wavelengths above original_context / low_freq_factor are
+  slowed by factor, those below original_context / high_freq_factor stay, and
+  those between are interpolated.
+
+  Attributes:
+    kind: one of ROPE_KINDS.
+    factor: what the slowed frequencies are divided by.
+    low_freq_factor, high_freq_factor, original_context: None for "linear".
   """
 
+  kind: str
   factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_context: int
+  low_freq_factor: float | None
+  high_freq_factor: float | None
+  original_context: int | None
 
   def __post_init__(self):
-    if self.factor < 1:
+    if self.kind not in ROPE_KINDS:
       raise errors.ConfigError(
-        f"model.rope_scaling.factor={self.factor} must be 1 or more."
+        f"model.rope_scaling.kind={self.kind!r} is not known; use one of"
+        f" {', '.join(ROPE_KINDS)}."
       )
-    if not 0 < self.low_freq_factor < self.high_freq_factor:
+    if not 1 <= self.factor < math.inf:
       raise errors.ConfigError(
-        f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be"
-        " positive and below model.rope_scaling.high_freq_factor="
-        f"{self.high_freq_factor}."
+        f"model.rope_scaling.factor={self.factor} must be finite, 1 or more."
       )
-    if self.original_context < 1:
+    if self.kind == "linear":
+      for name in ("low_freq_factor", "high_freq_factor", "original_context"):
+        if getattr(self, name) is not None:
+          raise errors.ConfigError(
+            f"model.rope_scaling.{name}={getattr(self, name)} must be None:"
+            " model.rope_scaling.kind=linear has a factor alone."
+          )
+      return
+    low, high = self.low_freq_factor, self.high_freq_factor
+    if low is None or high is None or not 0 < low < high < math.inf:
       raise errors.ConfigError(
-        f"model.rope_scaling.original_context={self.original_context} must be"
-        " 1 or more."
+        f"model.rope_scaling.low_freq_factor={low} must be positive and below"
+        f" model.rope_scaling.high_freq_factor={high}."
+      )
+    original = self.original_context
+    whole = isinstance(original, int) and not isinstance(original, bool)
+    if not whole or original < 1:
+      raise errors.ConfigError(
+        f"model.rope_scaling.original_context={original!r} must be a whole"
+        " number, 1 or more."
       )
 
 
@@ -57,7 +82,7 @@ class LlamaConfig:
     mlp_dim: width of the gated MLP.
     norm_eps: added to the mean square in RMSNorm.
     rope_theta: base of the rotary wavelengths.
-    rope_scaling: Llama 3.1's scaling, or None.
+    rope_scaling: how they are stretched, or None.
     context_length: positions that the model was trained for.
     tied_embeddings: the head is the transposed embedding.
   """
@@ -121,14 +146,21 @@ class LlamaConfig:
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> "LlamaConfig":
     """The inverse of dataclasses.asdict; refuses unknown or missing keys."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    missing, unknown = names - set(fields), set(fields) - names
-    if missing or unknown:
-      raise errors.ConfigError(
-        f"model has unknown fields {sorted(unknown)} and lacks"
-        f" {sorted(missing)}; it takes {sorted(names)}."
-      )
     fields = dict(fields)
-    if fields["rope_scaling"] is not None:
-      fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    if isinstance(scaling := fields.get("rope_scaling"), dict):
+      # What version 0.1.0 wrote is Llama 3.1's and names no kind.
+      scaling = {"kind": "llama3", **scaling}
+      _check_names(RopeScaling, scaling, "model.rope_scaling")
+      fields["rope_scaling"] = RopeScaling(**scaling)
+    _check_names(cls, fields, "model")
     return cls(**fields)
+
+
+def _check_names(cls: type, fields: dict[str, Any], knob: str) -> None:
+  names = {field.name for field in dataclasses.fields(cls)}
+  missing, unknown = names - set(fields), set(fields) - names
+  if missing or unknown:
+    raise errors.ConfigError(
+      f"{knob} has unknown fields {sorted(unknown)} and lacks"
+      f" {sorted(missing)}; it takes {sorted(names)}."
+    )

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864) with Llama 3.1's scaling.
+"""Rotary position embedding (arXiv:2104.09864) with its scalings.
 
 The two halves of a head rotate against each other: dimension i with
 i + H / 2, as in Hugging Face weights. Meta's and GGUF's neighbouring pairs are
@@ -17,12 +17,14 @@ from llama_jax.model import config as config_lib
 
 
 def frequencies(config: config_lib.LlamaConfig) -> np.ndarray:
-  """Radians per position, float64 [H / 2] (arXiv:2407.21783 for scaling)."""
+  """Radians per position, float64 [H / 2]; config.RopeScaling has sources."""
   exponents = np.arange(0, config.head_dim, 2) / config.head_dim
   plain = config.rope_theta**-exponents
   scaling = config.rope_scaling
   if scaling is None:
     return plain
+  if scaling.kind == "linear":
+    return plain / scaling.factor
   wavelengths = 2 * math.pi / plain
   # 0 where the wavelength is long (slow by factor), 1 where short (keep).
   keep = np.clip(

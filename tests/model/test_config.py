@@ -1,6 +1,7 @@
 """A config is checked once, where it is made, and says what is legal."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -33,24 +34,44 @@ def test_refusals_name_the_knob_and_the_value(change, named):
 
 
 @pytest.mark.parametrize(
-  "fields",
-  [(0.5, 1.0, 4.0, 8192), (8.0, 4.0, 1.0, 8192), (8.0, 0.0, 4.0, 8192)]
-  + [(8.0, 1.0, 4.0, 0)],
+  "fields, named",
+  [
+    (("llama3", 0.5, 1.0, 4.0, 8192), "factor=0.5"),
+    (("llama3", float("inf"), 1.0, 4.0, 8192), "factor=inf"),
+    (("llama3", 8.0, 4.0, 1.0, 8192), "low_freq_factor=4.0"),
+    (("llama3", 8.0, 0.0, 4.0, 8192), "low_freq_factor=0.0"),
+    (("llama3", 8.0, 1.0, None, 8192), "high_freq_factor=None"),
+    (("llama3", 8.0, 1.0, 4.0, 0), "original_context=0"),
+    (("llama3", 8.0, 1.0, 4.0, None), "original_context=None"),
+    (("linear", float("nan"), None, None, None), "factor=nan"),
+    (("linear", 4.0, 1.0, None, None), "low_freq_factor=1.0 must be None"),
+    (("linear", 4.0, None, 4.0, None), "high_freq_factor=4.0 must be None"),
+    (("linear", 4.0, None, None, 99), "original_context=99 must be None"),
+    (("yarn", 4.0, None, None, None), "kind='yarn'"),
+  ],
 )
-def test_scaling_refusals(fields):
-  with pytest.raises(errors.ConfigError, match=r"model\.rope_scaling\."):
+def test_scaling_refusals(fields, named):
+  with pytest.raises(errors.ConfigError) as caught:
     config_lib.RopeScaling(*fields)
+  assert f"model.rope_scaling.{named}" in str(caught.value)
+
+
+LLAMA31 = config_lib.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+LINEAR = config_lib.RopeScaling("linear", 4.0, None, None, None)
 
 
 def test_json_there_and_back():
-  scaled = dataclasses.replace(
-    NANO, rope_scaling=config_lib.RopeScaling(8.0, 1.0, 4.0, 8192)
-  )
-  import json
-
-  for config in (NANO, scaled):
+  for scaling in (None, LLAMA31, LINEAR):
+    config = dataclasses.replace(NANO, rope_scaling=scaling)
     fields = json.loads(config.to_json())
     assert config_lib.LlamaConfig.from_dict(fields) == config
+
+
+def test_scalings_of_version_0_1_0_have_no_kind():
+  config = dataclasses.replace(NANO, rope_scaling=LLAMA31)
+  fields = dataclasses.asdict(config)
+  del fields["rope_scaling"]["kind"]
+  assert config_lib.LlamaConfig.from_dict(fields) == config
 
 
 def test_unknown_and_missing_fields():
@@ -59,6 +80,10 @@ def test_unknown_and_missing_fields():
     config_lib.LlamaConfig.from_dict({**fields, "rope_tetha": 1.0})
   del fields["rope_theta"]
   with pytest.raises(errors.ConfigError, match="rope_theta"):
+    config_lib.LlamaConfig.from_dict(fields)
+  fields = dataclasses.asdict(dataclasses.replace(NANO, rope_scaling=LINEAR))
+  fields["rope_scaling"]["beta_fast"] = 32
+  with pytest.raises(errors.ConfigError, match=r"rope_scaling .*beta_fast"):
     config_lib.LlamaConfig.from_dict(fields)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.checkpoint import names, proof
+from llama_jax.checkpoint import names, proof, weights
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 
@@ -105,9 +105,9 @@ def test_initialisation():
 def test_equals_a_second_llama_in_numpy(config):
   """proof.reference_logits shares nothing with the model but the config."""
   params = params_of(config)
-  tensors = dict(names.write_tensors(config, "hf", params))
+  source = weights.from_params(config, params, "hf")
   ids, positions, segments = tokens(1, 40)
-  want = proof.reference_logits(config, tensors.get, ids[0].tolist(), "hf")
+  want = proof.reference_logits(config, source, ids[0].tolist())[0]
   ours = forward(decoder_lib.Decoder(config), params, ids, positions, segments)
   assert np.abs(want).max() > 1
   np.testing.assert_allclose(ours[0], want, atol=2e-4)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax.checkpoint import proof
 from llama_jax.model import config as config_lib
 from llama_jax.model import rope, sizes
 
@@ -45,7 +46,7 @@ def test_scaled_frequencies(factor, head_dim):
     NANO,
     head_dim=head_dim,
     rope_theta=5e5,
-    rope_scaling=config_lib.RopeScaling(*scaling),
+    rope_scaling=config_lib.RopeScaling("llama3", *scaling),
   )
   ours = rope.frequencies(config)
   np.testing.assert_allclose(ours, by_hand(head_dim, 5e5, scaling), rtol=1e-12)
@@ -53,6 +54,20 @@ def test_scaled_frequencies(factor, head_dim):
   ratio = by_hand(head_dim, 5e5) / ours
   assert ratio[0] == 1 and np.isclose(ratio[-1], factor)
   assert ((ratio > 1.001) & (ratio < factor - 0.001)).any()
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 2.5])
+def test_linear_scaling_is_slower_positions(factor):
+  """arXiv:2306.15595: position m is seen where m / factor was trained."""
+  scaling = config_lib.RopeScaling("linear", factor, None, None, None)
+  config = dataclasses.replace(NANO, rope_scaling=scaling)
+  positions = np.array([0, 1, 100, 1000])
+  ours = np.outer(positions, rope.frequencies(config))
+  want = np.outer(positions / factor, by_hand(NANO.head_dim, NANO.rope_theta))
+  np.testing.assert_allclose(ours, want, rtol=1e-12)
+  # The proof of conversions has a formula of its own.
+  proofs = proof.inverse_frequencies(config)
+  np.testing.assert_allclose(proofs, rope.frequencies(config), rtol=1e-12)
 
 
 def test_rotation_is_complex_multiplication():
