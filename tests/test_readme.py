@@ -1,4 +1,4 @@
-"""Every command of the README runs as it is printed, at nano size."""
+"""Every command of README and docs runs as it is printed, at nano size."""
 
 import os
 import pathlib
@@ -10,11 +10,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In the order of a reader: a command may use what an earlier one made.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, pages=PAGES) -> list[str]:
+  text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+  return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -93,6 +95,6 @@ def test_notebook_lines(clone):
 
 
 def test_tree_names_what_is_there():
-  tree = blocks("")[-1] if blocks("") else ""
+  (tree,) = blocks("", PAGES[:1])
   for name in re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE):
     assert (ROOT / "llama_jax" / name).exists(), name

@@ -66,9 +66,27 @@ def test_convert_refuses(run_verbs, model, tmp_path):
     ),
     "scheme": (convert("safetensors:x", new), ("--src=", "gguf:PATH")),
     "no scheme": (convert(model / "orbax", new), ("--src=", "orbax:PATH")),
-    "cannot write": (convert(source, "gguf:x"), ("--dst=gguf:x", "hf:DIR")),
+    "cannot write": (
+      convert(source, "llama2c:x"),
+      ("--dst=llama2c:x", "cannot be written", "hf:PATH"),
+    ),
+    "dtype": ([*convert(source, new), "--dtype=int3"], ("--dtype=int3",)),
+    "quantised": ([*convert(source, new), "--dtype=q8_0"], ("gguf:",)),
+    "memory": (
+      [*convert(source, new), "--max_host_gb=0.5"],
+      ("--max_host_gb=0.5", "1.5"),
+    ),
+    "shards": ([*convert(source, new), "--shard_gb=0"], ("--shard_gb=0",)),
+    "model": ([*convert(source, new), "--model=x"], ("--model=x", "meta:")),
+    "tokenizer": (
+      [*convert(source, new), "--tokenizer=x"],
+      ("--tokenizer=x", "of its own"),
+    ),
     "taken": (convert(source, f"hf:{taken}"), ("taken", "not an empty")),
-    "both": (convert(source, new), ("both orbax",)),
+    "two things": (
+      [*convert(source, new), f"--describe={source}"],
+      ("--describe", "alone"),
+    ),
     "no dst": (["llama_jax.convert", f"--src={source}"], ("--dst=",)),
     "no src": (["llama_jax.convert", f"--dst={new}"], ("--src=",)),
     "misspelt": ([*convert(source, new), "--ckpt=x"], ("ckpt",)),
@@ -113,6 +131,7 @@ def test_generate_refuses(run_verbs, model):
       ("no tokenizer",),
     ),
     "no template": (generate("--chat"), ("template",)),
+    "stop": (generate("--prompt=x", "--stop=a", "--stop="), ("stop=",)),
   }
   check_all(run_verbs, cases)
 
@@ -168,8 +187,17 @@ def test_the_verbs_do_their_work(run_verbs, model, tmp_path):
     ["llama_jax.generate", f"--ckpt={back}", *talk],
     ["llama_jax.generate", f"--ckpt={hf}", *talk, "--temperature=1"],
     ["llama_jax.evaluate", f"--ckpt={back}", *measure, f"--out={out}"],
+    ["llama_jax.convert", f"--describe={hf}"],
+    [
+      "llama_jax.convert",
+      f"--src={hf}",
+      f"--dst=orbax:{tmp_path / 'half'}",
+      "--dtype=bfloat16",
+    ],
   )
-  assert [code for code, _, _ in results] == [0] * 6, results
+  assert [code for code, _, _ in results] == [0] * 8, results
+  assert "preset       nano" in results[6][1]
+  assert "rounded" in results[7][1] and "of the source" in results[7][1]
   assert "tensors" in results[0][1] and "forward" in results[0][1]
   # Bitwise there and back, and so the same words.
   first, second = (
@@ -180,6 +208,11 @@ def test_the_verbs_do_their_work(run_verbs, model, tmp_path):
     assert np.asarray(leaf).tobytes() == np.asarray(second[path]).tobytes()
   assert results[2][1].strip() and results[2][1] == results[3][1]
   assert results[4][1] != results[2][1]
+  words = results[2][1].strip("\n")
+  ((code, cut, _),) = run_verbs(
+    ["llama_jax.generate", f"--ckpt={source}", *talk, f"--stop={words[2:4]}"]
+  )
+  assert code == 0 and cut == words[: words.index(words[2:4])] + "\n"
   written = json.loads(out.read_text())
   assert len(written["documents"]) == 3
   assert written["scored_tokens"] < written["tokens"]
@@ -202,6 +235,9 @@ def test_three_lines_in_a_notebook(model, tokenizer_folder):
   one = llama.generate("def f(", max_new_tokens=4)
   both = llama.generate(["def f(", "return"], max_new_tokens=4)
   assert isinstance(one, str) and both[0] == one
+  stop = one[1:3]
+  cut = llama.generate(["def f("], max_new_tokens=4, stop=["\0", stop])
+  assert cut == [one[: one.index(stop)]]
   again = llama_jax.load_tokenizer(tokenizer_folder)
   assert again.decode(again.encode("def f(x):")) == "def f(x):"
 

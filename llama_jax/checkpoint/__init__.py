@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 from llama_jax import errors
 
-# scheme -> the module whose read (and write) speak it.
+# scheme -> the module that speaks it: read, read_config, read_tokenizer and
+# open_tensors, and write_into where it is in WRITES.
 FORMATS = {
   "orbax": "llama_jax.checkpoint.store",
   "hf": "llama_jax.checkpoint.hugging_face",
+  "meta": "llama_jax.checkpoint.meta",
   "gguf": "llama_jax.checkpoint.gguf",
+  "llama2c": "llama_jax.checkpoint.llama2c",
 }
+WRITES = ("orbax", "hf", "meta", "gguf")
 
 
 class Model(NamedTuple):
@@ -40,6 +44,15 @@ def find(reference: str, knob: str = "--ckpt"):
   if not pathlib.Path(path).exists():
     raise errors.BadFileError(f"{knob}={reference}: {path} does not exist.")
   return importlib.import_module(FORMATS[scheme]), path
+
+
+def open_tensors(reference: str, knob: str = "--ckpt", **settings: Any):
+  """(LlamaConfig, weights.Source): the weights, of which any rows can be had.
+
+  settings: what the format's own open_tensors takes (meta: model).
+  """
+  module, path = find(reference, knob)
+  return module.open_tensors(path, **settings)
 
 
 def read_config(reference: str, knob: str = "--ckpt"):

@@ -1,11 +1,11 @@
-"""Files and folders that appear whole or not at all."""
+"""Small files that appear whole or not at all, and what to ask before more.
 
-import contextlib
+building.py does the same for whole checkpoints.
+"""
+
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator
 
 from llama_jax import errors
 
@@ -51,52 +51,3 @@ def check_new(path: str | os.PathLike) -> None:
     raise errors.UserError(
       f"{final} exists and is not an empty folder; name another or remove it."
     )
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder to fill, which takes the path's name when all went well.
-
-  Refuses a path that holds something already. Whatever goes wrong, a kill
-  apart, nothing is left behind; after a kill a hidden .NAME.part-... remains,
-  which nothing takes for the real one.
-
-  Raises:
-    UserError: the path is taken, or the disk refuses.
-  """
-  check_new(path)
-  final = pathlib.Path(path).absolute()
-  part = None
-  try:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.part-"
-    part = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    part.chmod(0o777 & ~umask)
-    yield part
-    for file in part.rglob("*"):
-      # Some writers make files that only their owner may read.
-      if file.is_file():
-        file.chmod(0o666 & ~umask)
-        _flush(file)
-    _flush(part)
-    os.rename(part, final)
-    _flush(final.parent)
-  except OSError as error:
-    raise errors.UserError(
-      f"{final} cannot be written ({error.strerror or error}); nothing was left"
-      " behind."
-    ) from error
-  finally:
-    if part is not None and part.exists():
-      shutil.rmtree(part, ignore_errors=True)
-
-
-def _flush(path: pathlib.Path) -> None:
-  """Puts a file or folder on the disk before the rename that shows it."""
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

@@ -1,4 +1,4 @@
-"""Llama weights from llama.cpp's GGUF files.
+"""Llama weights from llama.cpp's GGUF files; gguf_write.py is the way back.
 
 The gguf package does what it is best at, the arithmetic of the quantisations;
 the header is walked by text/gguf_header.py.
@@ -18,9 +18,11 @@ import gguf as gguf_package
 import numpy as np
 
 from llama_jax import errors, text
-from llama_jax.checkpoint import gguf_config, names, proof
+from llama_jax.checkpoint import gguf_config, gguf_write, names, proof, weights
 from llama_jax.model import config as config_lib
 from llama_jax.text import files, gguf_header
+
+write, write_into = gguf_write.write, gguf_write.write_into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def read(
   tokenizer = _tokenizer(path, header)
   if tokenizer is not None:
     proof.check_vocabulary(config, tokenizer, source.file)
-  return config, names.read_params(config, source), tokenizer
+  return config, weights.read_params(config, source), tokenizer
 
 
 def read_config(path: str | os.PathLike) -> config_lib.LlamaConfig:
@@ -70,7 +72,7 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
 
 def open_tensors(
   path: str | os.PathLike,
-) -> tuple[config_lib.LlamaConfig, names.Source]:
+) -> tuple[config_lib.LlamaConfig, weights.Source]:
   """The configuration and the tensors in llama.cpp's names and layout."""
   return _open(path, gguf_header.read(path))
 
@@ -84,7 +86,7 @@ def _tokenizer(path: str | os.PathLike, header: gguf_header.Header) -> Any:
 
 def _open(
   path: str | os.PathLike, header: gguf_header.Header
-) -> tuple[config_lib.LlamaConfig, names.Source]:
+) -> tuple[config_lib.LlamaConfig, weights.Source]:
   file = os.fspath(path)
   extents = _extents(file, header)
   for kind in {extent.type for extent in extents.values()}:
@@ -92,12 +94,12 @@ def _open(
   tensors = {}
   for name, extent in extents.items():
     dtype = names.DTYPES.get(extent.type.name, np.dtype(np.float32))
-    tensors[name] = names.Tensor(extent.shape, dtype, extent.type.name)
+    tensors[name] = weights.Tensor(extent.shape, dtype, extent.type.name)
 
-  def get(name: str) -> np.ndarray:
-    return _read_tensor(file, name, extents[name])
+  def rows(name: str, start: int, stop: int) -> np.ndarray:
+    return _read_rows(file, name, extents[name], start, stop)
 
-  source = names.Source(file, "gguf", tensors, get)
+  source = weights.Source(file, "gguf", tensors, rows)
   return gguf_config.parse(header.metadata, source), source
 
 
@@ -163,18 +165,27 @@ def _dequantize(
     return gguf_package.quants.dequantize(blocks, kind)
 
 
-def _read_tensor(path: str, name: str, extent: Extent) -> np.ndarray:
+def _read_rows(
+  path: str, name: str, extent: Extent, start: int, stop: int
+) -> np.ndarray:
+  if len(extent.shape) == 1 and extent.type.name not in names.DTYPES:
+    # A block of the quantisation holds many of such rows.
+    whole = dataclasses.replace(extent, shape=(1, *extent.shape))
+    return _read_rows(path, name, whole, 0, 1)[0, start:stop]
+  row_bytes = extent.size // extent.shape[0]
+  offset, size = extent.offset + start * row_bytes, (stop - start) * row_bytes
   with files.opened(path) as file:
-    file.seek(extent.offset)
-    raw = np.fromfile(file, np.uint8, extent.size)
-  if raw.size != extent.size:
+    file.seek(offset)
+    raw = np.fromfile(file, np.uint8, size)
+  if raw.size != size:
     raise errors.BadFileError(
-      f"{path} is cut off: the tensor {name} needs {extent.size} bytes at"
-      f" {extent.offset}, {raw.size} were found."
+      f"{path} is cut off: the tensor {name} needs {size} bytes at"
+      f" {offset}, {raw.size} were found."
     )
+  shape = (stop - start, *extent.shape[1:])
   if extent.type.name in names.DTYPES:
-    return raw.view(names.DTYPES[extent.type.name]).reshape(extent.shape)
+    return raw.view(names.DTYPES[extent.type.name]).reshape(shape)
   # The package walks 16 rows at a time: longer ones are twice as fast.
-  num_rows = math.prod(extent.shape[:-1])
-  rows = raw.reshape(num_rows // math.gcd(num_rows, 64), -1)
-  return _dequantize(rows, extent.type).reshape(extent.shape)
+  num_rows = math.prod(shape[:-1])
+  blocks = raw.reshape(num_rows // math.gcd(num_rows, 64), -1)
+  return _dequantize(blocks, extent.type).reshape(shape)

@@ -10,21 +10,24 @@ the files of a snapshot: ../../blobs.
 """
 
 import contextlib
-import itertools
 import json
-import math
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from llama_jax import errors, text
-from llama_jax.checkpoint import atomic, hugging_face_config, names, proof
+from llama_jax.checkpoint import (
+  building,
+  hugging_face_config,
+  names,
+  proof,
+  weights,
+)
 from llama_jax.model import config as config_lib
 from llama_jax.text import files
 from llama_jax.text import folder as text_folder
@@ -32,6 +35,8 @@ from llama_jax.text import folder as text_folder
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+
+_Rows = Callable[[str, int, int], np.ndarray]
 
 
 def read(
@@ -46,7 +51,7 @@ def read(
   tokenizer = read_tokenizer(path)
   if tokenizer is not None:
     proof.check_vocabulary(config, tokenizer, source.file)
-  return config, names.read_params(config, source), tokenizer
+  return config, weights.read_params(config, source), tokenizer
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
@@ -63,12 +68,12 @@ def read_config(path: str | os.PathLike) -> config_lib.LlamaConfig:
 
 def open_tensors(
   path: str | os.PathLike,
-) -> tuple[config_lib.LlamaConfig, names.Source]:
+) -> tuple[config_lib.LlamaConfig, weights.Source]:
   """The configuration and the tensors in Hugging Face's names and layout."""
   config = read_config(path)
   folder = _folder(path)
-  tensors: dict[str, names.Tensor] = {}
-  readers: dict[str, Callable[[str], np.ndarray]] = {}
+  tensors: dict[str, weights.Tensor] = {}
+  readers: dict[str, _Rows] = {}
   for name, keys in _weight_files(folder).items():
     found, reader = _open_safetensors(folder, name)
     if keys is not None and (absent := sorted(keys - set(found))):
@@ -83,10 +88,13 @@ def open_tensors(
       )
     tensors.update(found)
     readers.update(dict.fromkeys(found, reader))
-  source = names.Source(
-    os.fspath(folder), "hf", tensors, lambda name: readers[name](name)
+  source = weights.Source(
+    os.fspath(folder),
+    "hf",
+    tensors,
+    lambda name, start, stop: readers[name](name, start, stop),
   )
-  names.check(config, source)
+  weights.check(config, source)
   return config, source
 
 
@@ -95,80 +103,57 @@ def write(
   config: config_lib.LlamaConfig,
   params: Mapping[str, Any],
   tokenizer: Any,
-  *,
-  shard_bytes: int = SHARD_BYTES,
+  **settings: Any,
 ) -> None:
-  """Writes a folder that transformers loads as it is.
-
-  The folder appears under its name only when it is complete. Tensors keep
-  the dtype of params; peak memory is one shard.
+  """Writes params in memory as a folder that transformers loads as it is.
 
   Args:
     path: the folder; it must be absent or empty.
     config: the model's configuration.
-    params: our tree.
-    tokenizer: saved beside the weights, its stop_ids as eos_token_id; or None.
-    shard_bytes: most bytes of weights in one file; a larger tensor has a file
-      of its own.
+    params: our tree, whose dtypes stay.
+    tokenizer: see write_into.
+    **settings: see write_into.
 
   Raises:
     UserError: the destination is taken or cannot be written.
     BadFileError: params are not those of config.
   """
-  with atomic.new_folder(path) as folder:
-    write_into(folder, config, params, tokenizer, shard_bytes=shard_bytes)
+  source = weights.from_params(config, params, "hf")
+  with building.building(path) as site:
+    write_into(site, config, source, tokenizer, **settings)
 
 
 def write_into(
-  folder: pathlib.Path,
+  site: building.Building,
   config: config_lib.LlamaConfig,
-  params: Mapping[str, Any],
+  source: weights.Source,
   tokenizer: Any,
   *,
   shard_bytes: int = SHARD_BYTES,
+  block_bytes: int = weights.BLOCK_BYTES,
 ) -> None:
-  """The same into an empty folder that is there already."""
-  names.check_params(config, params)
+  """Fills a site with a folder that transformers loads as it is.
+
+  Args:
+    site: where to; what an earlier process finished there is not done again.
+    config: the model's configuration.
+    source: the weights in any scheme; they keep its dtypes.
+    tokenizer: saved beside the weights, its stop_ids as eos_token_id; or None.
+    shard_bytes: most bytes of weights in one file; a larger tensor has a file
+      of its own.
+    block_bytes: of weights in memory at once, about.
+  """
   if shard_bytes < 1:
     raise errors.ConfigError(
       f"shard_bytes={shard_bytes} must be 1 or more bytes."
     )
+  folder = site.content
+  folder.mkdir(exist_ok=True)
   if tokenizer is not None:
-    proof.check_vocabulary(config, tokenizer, os.fspath(folder))
-  try:
-    _write_weights(folder, config, params, shard_bytes)
-  except safetensors.SafetensorError as error:
-    # How it reports a full disk.
-    raise errors.UserError(f"{folder} cannot be written: {error}.") from error
-  dtype = np.dtype(names.flatten(params)[names.EMBED_PATH].dtype)
-  fields = hugging_face_config.write_fields(config, dtype)
-  if tokenizer is not None:
-    tokenizer.save(folder)
-    fields.update(text_folder.special_ids(tokenizer))
-  files.write_json(folder / CONFIG, fields)
-
-
-def _write_weights(
-  folder: pathlib.Path,
-  config: config_lib.LlamaConfig,
-  params: Mapping[str, Any],
-  shard_bytes: int,
-) -> None:
-  """The safetensors files, and their index if there are several."""
-  leaves = names.flatten(params)
-  shards: list[list[str]] = [[]]
-  filled = total = 0
-  for place in names.places(config, "hf"):
-    itemsize = np.dtype(leaves[place.row.path].dtype).itemsize
-    size = math.prod(place.shape) * itemsize
-    if shards[-1] and filled + size > shard_bytes:
-      shards.append([])
-      filled = 0
-    shards[-1].append(place.name)
-    filled += size
-    total += size
-
-  tensors = names.write_tensors(config, "hf", params)
+    proof.check_vocabulary(config, tokenizer, source.file)
+  source = weights.as_scheme(config, source, "hf")
+  shards = _shards(source, shard_bytes)
+  total = sum(tensor.num_bytes for tensor in source.tensors.values())
   weight_map = {}
   for number, keys in enumerate(shards, 1):
     file = (
@@ -176,13 +161,70 @@ def _write_weights(
       if len(shards) == 1
       else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     )
-    shard = dict(itertools.islice(tensors, len(keys)))
-    # transformers refuses a file that does not name its framework.
-    safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+    _write_shard(site, folder / file, source, keys, block_bytes)
     weight_map.update(dict.fromkeys(keys, file))
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     files.write_json(folder / INDEX, index)
+  embed = names.name_of(names.EMBED_PATH, "hf")
+  fields = hugging_face_config.write_fields(config, source.tensors[embed].dtype)
+  if tokenizer is not None:
+    tokenizer.save(folder)
+    fields.update(text_folder.special_ids(tokenizer))
+  files.write_json(folder / CONFIG, fields)
+
+
+def _shards(source: weights.Source, shard_bytes: int) -> list[list[str]]:
+  """The tensors of each file, in their order."""
+  shards: list[list[str]] = [[]]
+  filled = 0
+  for name, tensor in source.tensors.items():
+    if shards[-1] and filled + tensor.num_bytes > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(name)
+    filled += tensor.num_bytes
+  return shards
+
+
+def _write_shard(
+  site: building.Building,
+  path: pathlib.Path,
+  source: weights.Source,
+  keys: Sequence[str],
+  block_bytes: int,
+) -> None:
+  """One safetensors file; its format is eight bytes, JSON and the tensors."""
+  # transformers refuses a file that does not name its framework.
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  # Wide ones first, so that every tensor is aligned to its items.
+  keys = sorted(keys, key=lambda key: -source.tensors[key].dtype.itemsize)
+  end = 0
+  starts = {}
+  for key in keys:
+    tensor = source.tensors[key]
+    starts[key], end = end, end + tensor.num_bytes
+    header[key] = {
+      "dtype": tensor.stored,
+      "shape": list(tensor.shape),
+      "data_offsets": [starts[key], end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  data = 8 + len(text)
+  with building.RowFile(path, data + end) as file:
+    file.write(len(text).to_bytes(8, "little") + text, 0)
+    for key in keys:
+      if key in site.done:
+        site.finish(key, source.tensors[key].num_bytes)
+    left = [key for key in keys if key not in site.done]
+    spans = source.spans(left, block_bytes)
+    for key, start, stop, rows in weights.read_ahead(source, spans):
+      tensor = source.tensors[key]
+      row_bytes = tensor.num_bytes // tensor.shape[0]
+      file.write(rows, data + starts[key] + start * row_bytes)
+      if stop == tensor.shape[0]:
+        site.finish(key, tensor.num_bytes)
 
 
 def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
@@ -210,26 +252,49 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
 
 def _open_safetensors(
   folder: pathlib.Path, name: str
-) -> tuple[dict[str, names.Tensor], Callable[[str], np.ndarray]]:
+) -> tuple[dict[str, weights.Tensor], _Rows]:
   path = _inside(folder, name)
-  with _damage(path):
-    file = safetensors.safe_open(path, framework="np")
-    tensors = {}
-    for key in file.keys():  # noqa: SIM118 (it is no dict)
-      # Messages quote names: no line ends or terminal codes in them.
-      if not key.isprintable():
-        raise errors.BadFileError(f"{path} holds the tensor name {key[:40]!r}.")
-      part = file.get_slice(key)
-      stored = part.get_dtype()
-      # An odd dtype is refused by names.check, with the tensor's name.
-      dtype = names.DTYPES.get(stored, np.dtype(np.void))
-      tensors[key] = names.Tensor(tuple(part.get_shape()), dtype, stored)
+  size = path.stat().st_size
+  with files.opened(path) as raw:
+    length = int.from_bytes(raw.read(8), "little")
+    if length > min(size, files.MAX_JSON_BYTES):
+      raise errors.BadFileError(
+        f"{path} ({size} bytes) is damaged or cut off: its header alone is to"
+        f" have {length} bytes."
+      )
+    header = raw.read(length)
+  # The library checks that the tensors cover the file without holes or
+  # overlaps. It would map the file to read it, which counts as memory in use.
+  with _damage(path), safetensors.safe_open(path, framework="np"):
+    offsets = json.loads(header)
+  tensors, starts = {}, {}
+  for key, entry in offsets.items():
+    if key == "__metadata__":
+      continue
+    # Messages quote names: no line ends or terminal codes in them.
+    if not key.isprintable():
+      raise errors.BadFileError(f"{path} holds the tensor name {key[:40]!r}.")
+    stored = entry["dtype"]
+    # An odd dtype is refused by weights.check, with the tensor's name.
+    dtype = names.DTYPES.get(stored, np.dtype(np.void))
+    tensors[key] = weights.Tensor(tuple(entry["shape"]), dtype, stored)
+    starts[key] = 8 + length + entry["data_offsets"][0]
 
-  def read_tensor(key: str) -> np.ndarray:
-    with _damage(path):
-      return file.get_tensor(key)
+  def rows(key: str, start: int, stop: int) -> np.ndarray:
+    tensor = tensors[key]
+    row_bytes = tensor.num_bytes // max(1, tensor.shape[0])
+    offset, count = starts[key] + start * row_bytes, (stop - start) * row_bytes
+    with files.opened(path) as file:
+      file.seek(offset)
+      found = np.fromfile(file, np.uint8, count)
+    if found.size != count:
+      raise errors.BadFileError(
+        f"{path} is cut off: the tensor {key} needs {count} bytes at {offset},"
+        f" {found.size} were found."
+      )
+    return found.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
-  return tensors, read_tensor
+  return tensors, rows
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@
   DIR/checkpoints/STEP/     params; from a run also optimizer and meta
 
 A step appears under its name only when it is whole (orbax renames it), and a
-converted model's DIR likewise (atomic.py).
+converted model's DIR likewise (building.py).
 """
 
 import contextlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -20,11 +21,12 @@ import jax
 import numpy as np
 
 from llama_jax import errors
-from llama_jax.checkpoint import atomic
+from llama_jax.checkpoint import atomic, building, names, weights
 from llama_jax.model import config as config_lib
 
 # Small chunks let a restore onto many shards read only what each one needs.
 CHUNK_BYTES = 64 << 20
+READ_CHUNK = 8 << 20
 READ_BYTES = 2 << 30
 
 
@@ -270,6 +272,49 @@ def read(path: str | os.PathLike):
   return read_config(path), read_params(path), read_tokenizer(path)
 
 
+def open_tensors(
+  path: str | os.PathLike,
+) -> tuple[config_lib.LlamaConfig, weights.Source]:
+  """The configuration and the weights, which lie in our own layout, under
+  Hugging Face's names; any rows of them can be read alone."""
+  config = read_config(path)
+  _, step = locate(path)
+  leaves = {}
+  with _readable(step):
+    for row in names.rows(config):
+      leaves[row.path] = _Leaf(step / "params", _orbax_name(row))
+  for row in names.rows(config):
+    shape = names.our_shape(config, row)
+    if leaves[row.path].shape != shape:
+      raise errors.BadFileError(
+        f"{step}: {row.path} is {list(leaves[row.path].shape)} but model.json"
+        f" makes it {list(shape)}."
+      )
+  return config, weights.from_leaves(config, leaves, "hf", os.fspath(path))
+
+
+class _Leaf:
+  """One array of a checkpoint, read slice by slice."""
+
+  def __init__(self, folder: pathlib.Path, name: str):
+    import tensorstore
+
+    self._folder = folder
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{folder}/{name}/"}
+    if (folder / "manifest.ocdbt").exists():  # a run's checkpoint
+      base = {"driver": "file", "path": f"{folder}/"}
+      kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    self._array = tensorstore.open(
+      {"driver": "zarr3", "kvstore": kvstore}, open=True, read=True
+    ).result()
+    self.shape = tuple(self._array.shape)
+    self.dtype = self._array.dtype.numpy_dtype
+
+  def __getitem__(self, index) -> np.ndarray:
+    with _readable(self._folder):
+      return self._array[index].read().result()
+
+
 def write_model(folder: pathlib.Path, config, tokenizer) -> None:
   """What lies beside the checkpoints: model.json and tokenizer/."""
   atomic.write_text(folder / "model.json", config.to_json() + "\n")
@@ -277,15 +322,169 @@ def write_model(folder: pathlib.Path, config, tokenizer) -> None:
     tokenizer.save(folder / "tokenizer")
 
 
-def write_into(folder: pathlib.Path, config, params, tokenizer) -> None:
-  """Fills an empty folder with a model, as its step 0."""
+def write_into(
+  site: building.Building,
+  config: config_lib.LlamaConfig,
+  source: weights.Source,
+  tokenizer,
+  *,
+  block_bytes: int = weights.BLOCK_BYTES,
+) -> None:
+  """Fills a site with a model's folder, its weights as step 0.
+
+  Orbax saves a skeleton, one number for each leaf; then each leaf's array is
+  made anew in its real shape and filled block by block, so that no leaf is
+  ever in memory. A file holds a block of one layer, with checksums inside.
+
+  Args:
+    site: where to; what an earlier process finished there is not done again.
+    config: the model's configuration.
+    source: the weights in any scheme; they keep its dtypes.
+    tokenizer: saved beside them; or None.
+    block_bytes: of weights in memory at once, about.
+  """
+  folder = site.content
   write_model(folder, config, tokenizer)
+  halves = weights.as_scheme(config, source, "hf")
+  dtypes = weights.leaf_dtypes(config, halves)
   step = folder / "checkpoints" / "0"
-  with _context() as ocp, _writable(step):
-    ocp.save_checkpointables(step, {"params": jax.tree.map(np.asarray, params)})
+  if not step.exists():
+    _write_skeleton(step, config, dtypes)
+  for name in site.done:
+    site.finish(name, halves.tensors[name].num_bytes)
+  places = {
+    place.name: place
+    for place in names.places(config, "hf")
+    if place.name not in site.done
+  }
+  arrays = {
+    row.path: _Array(
+      step / "params" / _orbax_name(row),
+      names.our_shape(config, row),
+      dtypes[row.path],
+      columns=row.reshape != names.AS_IS,
+      block_bytes=block_bytes,
+    )
+    for row in {place.row for place in places.values()}
+  }
+  spans = (
+    (place.name, start, min(start + step_, place.shape[0]))
+    for place in places.values()
+    for step_ in (arrays[place.row.path].block,)
+    for start in range(0, place.shape[0], step_)
+  )
+  pending = None
+  with _writable(folder):
+    for name, start, stop, rows in weights.read_ahead(halves, spans):
+      place = places[name]
+      write = arrays[place.row.path].write(place.layer, start, stop, rows)
+      if pending is not None:
+        pending.result()
+      pending = write
+      if stop == place.shape[0]:
+        pending.result()
+        site.finish(name, halves.tensors[name].num_bytes)
+
+
+def _orbax_name(row: names.Row) -> str:
+  """The folder that orbax gives to a leaf."""
+  return row.path.replace("/", ".")
+
+
+def _write_skeleton(step: pathlib.Path, config, dtypes) -> None:
+  """A checkpoint of one number a leaf, laid out as _Array expects it."""
+  tree = names.nest(
+    {
+      row.path: np.zeros(
+        (1,) * len(names.our_shape(config, row)), dtypes[row.path]
+      )
+      for row in names.rows(config)
+    }
+  )
+  with _context() as ocp:
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    context.array.saving.array_metadata_store = None
+    context.array.saving.enable_write_sharding_file = False
+    context.array.saving.use_compression = False
+    with context, _writable(step):
+      ocp.save_checkpointables(step, {"params": tree})
+
+
+class _Array:
+  """The array of one leaf, written in blocks; kept if it is there already.
+
+  A file holds a block of the formats' rows, which are columns of a kernel of
+  ours: so many of one layer as fit a block. A read takes a part of that.
+
+  Attributes:
+    block: rows to write at a time.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    columns: bool,
+    block_bytes: int,
+  ):
+    import tensorstore
+
+    self._columns, self._dtype = columns, dtype
+    # One layer of a kernel; the norms of all layers.
+    read = [1] * (len(shape) - 2) + list(shape[-2:]) if columns else [*shape]
+    axis = len(shape) - 1 if columns else 0
+    row_bytes = math.prod(read) // read[axis] * dtype.itemsize
+    read[axis] = max(1, min(read[axis], READ_CHUNK // row_bytes))
+    blocks = max(1, block_bytes // (read[axis] * row_bytes))
+    write = [*read]
+    write[axis] *= min(blocks, -(-shape[axis] // read[axis]))
+    self.block = write[axis]
+    metadata = _zarr_metadata(shape, dtype, write, read)
+    spec = {
+      "driver": "zarr3",
+      "kvstore": {"driver": "file", "path": f"{folder}/"},
+      # building.py puts every file on the disk before it names them.
+      "context": {"file_io_sync": False},
+    }
+    self._array = tensorstore.open(spec, open=True).result()
+    if self._array.shape != shape:
+      shutil.rmtree(folder)
+      self._array = tensorstore.open(
+        {**spec, "metadata": metadata}, create=True
+      ).result()
+
+  def write(self, layer: int | None, start: int, stop: int, rows: np.ndarray):
+    """Starts to write rows of a layer; the future of it."""
+    index: tuple[Any, ...] = () if layer is None else (layer,)
+    if self._columns:
+      index, rows = (*index, slice(None)), weights.transpose(rows)
+    rows = rows.astype(self._dtype, copy=False)
+    return self._array[(*index, slice(start, stop))].write(rows)
+
+
+def _zarr_metadata(shape, dtype, write, read) -> dict[str, Any]:
+  """Zarr 3: files of chunks `write`, of checked parts `read`."""
+  plain = {"name": "bytes", "configuration": {"endian": "little"}}
+  checked = [plain, {"name": "crc32c"}]
+  sharding = {
+    "chunk_shape": read,
+    "codecs": checked,
+    "index_codecs": checked,
+  }
+  return {
+    "shape": list(shape),
+    "data_type": dtype.name,
+    "fill_value": 0.0,
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": write}},
+    "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+  }
 
 
 def write(path: str | os.PathLike, config, params, tokenizer) -> None:
-  """Writes a model's folder, whole or not at all."""
-  with atomic.new_folder(path) as folder:
-    write_into(folder, config, params, tokenizer)
+  """Writes params in memory as a model's folder, whole or not at all."""
+  source = weights.from_params(config, params, "hf")
+  with building.building(path) as site:
+    write_into(site, config, source, tokenizer)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from llama_jax import errors, text
-from llama_jax.checkpoint import gguf, hugging_face, names
+from llama_jax.checkpoint import gguf, hugging_face, names, weights
 from llama_jax.model import config as config_lib
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -40,8 +40,12 @@ CONFIGS = {
   "llama 3.2": dataclasses.replace(
     GROUPED,
     rope_theta=5e5,
-    rope_scaling=config_lib.RopeScaling(32.0, 1.0, 4.0, 8192),
+    rope_scaling=config_lib.RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
     context_length=131072,
+  ),
+  "linear": dataclasses.replace(
+    GROUPED,
+    rope_scaling=config_lib.RopeScaling("linear", 4.0, None, None, None),
   ),
 }
 
@@ -140,7 +144,8 @@ ROPE = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 8192,
 }
-LLAMA31 = config_lib.RopeScaling(8.0, 1.0, 4.0, 8192)
+LLAMA31 = config_lib.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+LINEAR = config_lib.RopeScaling("linear", 4.0, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,23 @@ LLAMA31 = config_lib.RopeScaling(8.0, 1.0, 4.0, 8192)
       5e5,
       LLAMA31,
     ),
+    # From transformers 4.31 on, and 4.43.
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 1e4, LINEAR),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, 1e4, LINEAR),
     # transformers 5.
+    (
+      {
+        "rope_theta": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {
+          "rope_type": "linear",
+          "rope_theta": 5e5,
+          "factor": 4.0,
+        },
+      },
+      5e5,
+      LINEAR,
+    ),
     (
       {
         "rope_theta": ...,
@@ -208,7 +229,10 @@ def test_absent_fields_of_older_versions(folder, tmp_path):
     ({"mlp_bias": True}, "mlp_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*'llama3'"),
+    ({"rope_scaling": {"type": "linear"}}, "rope factor=None"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "contradicts itself"),
+    ({"rope_scaling": {"type": ["linear"]}}, r"\['linear'\].*'llama3'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
     ({"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
@@ -444,7 +468,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
 def test_smollm2_from_gguf_to_a_folder(smollm2, tmp_path):
   """One tensor read by safetensors alone equals the GGUF's, rows permuted."""
   config, source = gguf.open_tensors(smollm2)
-  params = names.read_params(config, source)
+  params = weights.read_params(config, source)
   tokenizer = gguf.read_tokenizer(smollm2)
   hugging_face.write(tmp_path / "m", config, params, tokenizer)
   assert hugging_face.read_config(tmp_path / "m") == config

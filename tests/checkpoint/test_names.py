@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.checkpoint import names
+from llama_jax.checkpoint import names, weights
 from llama_jax.model import config as config_lib
 
 BASE = config_lib.LlamaConfig(
@@ -39,10 +39,17 @@ def random_source(config, scheme="hf", dtype=np.float32, file="m"):
 
 def source_of(arrays, scheme="hf", file="m"):
   tensors = {
-    name: names.Tensor(a.shape, a.dtype, str(a.dtype))
+    name: weights.Tensor(a.shape, a.dtype, str(a.dtype))
     for name, a in arrays.items()
   }
-  return names.Source(file, scheme, tensors, dict(arrays).__getitem__)
+  held = dict(arrays)
+  return weights.Source(
+    file, scheme, tensors, lambda name, start, stop: held[name][start:stop]
+  )
+
+
+def all_of(source):
+  return {name: source.get(name) for name in source.tensors}
 
 
 def changed(source, **arrays):
@@ -59,9 +66,9 @@ def changed(source, **arrays):
 def test_there_and_back_is_bitwise(scheme, dtype, tied):
   config = dataclasses.replace(BASE, tied_embeddings=tied)
   source = random_source(config, scheme, dtype)
-  params = names.read_params(config, source)
-  names.check_params(config, params)
-  back = dict(names.write_tensors(config, scheme, params))
+  params = weights.read_params(config, source)
+  weights.check_params(config, params)
+  back = all_of(weights.from_params(config, params, scheme))
   assert list(back) == list(source.tensors)
   for name, value in back.items():
     assert value.dtype == dtype
@@ -71,7 +78,7 @@ def test_there_and_back_is_bitwise(scheme, dtype, tied):
 
 def test_kernels_are_transposed_and_stacked():
   source = random_source(BASE)
-  params = names.read_params(BASE, source)
+  params = weights.read_params(BASE, source)
   np.testing.assert_array_equal(
     params["layers"]["mlp"]["down"]["kernel"][2],
     source.get("model.layers.2.mlp.down_proj.weight").T,
@@ -83,8 +90,8 @@ def test_kernels_are_transposed_and_stacked():
 
 def test_params_may_be_jax_arrays():
   source = random_source(BASE, dtype=ml_dtypes.bfloat16)
-  params = jax.tree.map(jnp.asarray, names.read_params(BASE, source))
-  for name, value in names.write_tensors(BASE, "hf", params):
+  params = jax.tree.map(jnp.asarray, weights.read_params(BASE, source))
+  for name, value in all_of(weights.from_params(BASE, params, "hf")).items():
     np.testing.assert_array_equal(value, source.get(name))
 
 
@@ -98,9 +105,9 @@ def test_rope_layouts_by_hand():
 
 
 def test_only_query_and_key_change_layout():
-  params = names.read_params(BASE, random_source(BASE))
-  hf = list(names.write_tensors(BASE, "hf", params))
-  gguf = list(names.write_tensors(BASE, "gguf", params))
+  params = weights.read_params(BASE, random_source(BASE))
+  hf = list(all_of(weights.from_params(BASE, params, "hf")).items())
+  gguf = list(all_of(weights.from_params(BASE, params, "gguf")).items())
   moved = {
     name.split(".", 2)[2]
     for (name, a), (_, b) in zip(gguf, hf, strict=True)
@@ -114,7 +121,7 @@ def test_layers_of_unlike_dtype_become_float32():
     random_source(BASE, dtype=np.float16),
     model__layers__1__mlp__up_proj__weight=np.ones((10, 12), np.float32) / 3,
   )
-  params = names.read_params(BASE, source)
+  params = weights.read_params(BASE, source)
   up = params["layers"]["mlp"]["up"]["kernel"]
   assert up.dtype == np.float32
   assert params["layers"]["mlp"]["gate"]["kernel"].dtype == np.float16
@@ -167,7 +174,7 @@ def test_refused_by_name(case):
   arrays, message = REFUSED[case]
   source = changed(random_source(BASE), **arrays)
   with pytest.raises(errors.BadFileError, match=message):
-    names.read_params(BASE, source)
+    weights.read_params(BASE, source)
 
 
 def test_biases_are_the_reason_even_if_a_tensor_is_missing():
@@ -177,13 +184,13 @@ def test_biases_are_the_reason_even_if_a_tensor_is_missing():
     model__layers__0__input_layernorm__bias=np.ones(12),
   )
   with pytest.raises(errors.BadFileError, match="not a Llama"):
-    names.check(BASE, source)
+    weights.check(BASE, source)
 
 
 def test_a_forged_number_of_layers_costs_nothing():
   config = dataclasses.replace(BASE, num_layers=10**12)
   with pytest.raises(errors.BadFileError, match=r"layers\.3\."):
-    names.check(config, random_source(BASE))
+    weights.check(config, random_source(BASE))
 
 
 def test_old_inverse_frequencies_are_left_out():
@@ -191,8 +198,8 @@ def test_old_inverse_frequencies_are_left_out():
     random_source(BASE),
     model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(3),
   )
-  names.check_params(BASE, names.read_params(BASE, source))
-  assert names.ignored(source, BASE) == {
+  weights.check_params(BASE, weights.read_params(BASE, source))
+  assert weights.ignored(source, BASE) == {
     "model.layers.0.self_attn.rotary_emb.inv_freq": "recomputed from rope_theta"
   }
 
@@ -201,14 +208,14 @@ def test_a_tied_head_must_equal_the_embedding():
   tied = dataclasses.replace(BASE, tied_embeddings=True)
   source = random_source(tied)
   embedding = source.get("model.embed_tokens.weight")
-  params = names.read_params(tied, changed(source, lm_head__weight=embedding))
+  params = weights.read_params(tied, changed(source, lm_head__weight=embedding))
   assert "head" not in params
   with pytest.raises(errors.BadFileError, match="declared tied"):
-    names.read_params(tied, changed(source, lm_head__weight=embedding + 1))
+    weights.read_params(tied, changed(source, lm_head__weight=embedding + 1))
 
 
 def test_params_of_another_configuration_are_refused():
-  params = names.read_params(BASE, random_source(BASE))
+  params = weights.read_params(BASE, random_source(BASE))
   wrong = dataclasses.replace(BASE, mlp_dim=9)
   tied = dataclasses.replace(BASE, tied_embeddings=True)
   for config, message in (
@@ -216,7 +223,7 @@ def test_params_of_another_configuration_are_refused():
     (tied, "head/kernel.*no place"),
   ):
     with pytest.raises(errors.BadFileError, match=message):
-      list(names.write_tensors(config, "hf", params))
+      list(all_of(weights.from_params(config, params, "hf")).items())
   del params["final_norm"]
   with pytest.raises(errors.BadFileError, match="lack final_norm/scale"):
-    names.check_params(BASE, params)
+    weights.check_params(BASE, params)

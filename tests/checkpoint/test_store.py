@@ -1,5 +1,6 @@
 """Checkpoints: bitwise, whole or not at all, on any mesh."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -7,11 +8,12 @@ import shutil
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.checkpoint import names, store
+from llama_jax.checkpoint import names, store, weights
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 from llama_jax.parallel import mesh
@@ -168,7 +170,7 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_earlier_steps_stay(small_disk):
+def test_a_full_disk_is_told_and_earlier_steps_stay(small_disk, random_params):
   large = {"kernel": np.random.default_rng(0).normal(size=2**20)}
   store.write_model(small_disk, NANO, None)
   with (
@@ -185,7 +187,8 @@ def test_a_full_disk_is_told_and_earlier_steps_stay(small_disk):
   with pytest.raises(
     errors.UserError, match=r"(?i)no space left|could not be saved"
   ):
-    store.write(small_disk / "new", NANO, {"kernel": large["kernel"]}, None)
+    wide = dataclasses.replace(NANO, mlp_dim=4096)
+    store.write(small_disk / "new", wide, random_params(wide), None)
   assert not list(small_disk.glob("*new*"))
 
 
@@ -288,3 +291,42 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     (tmp_path / "model.json").write_text(damaged)
     with pytest.raises(errors.BadFileError, match=r"model\.json"):
       store.read_config(tmp_path)
+
+
+def test_one_leaf_is_read_slice_by_slice(tmp_path, random_params):
+  """Of a converted model and of a run's checkpoint, which orbax keeps in
+  another way; any rows equal those of the whole."""
+  params = random_params(NANO)
+  store.write(tmp_path / "converted", NANO, params, None)
+  store.write_model(tmp_path / "run", NANO, None)
+  with store.Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+    checkpoints.save(3, jax.tree.map(jnp.asarray, params), small(), {"step": 3})
+  want = weights.from_params(NANO, params, "hf")
+  for name in ("converted", "run"):
+    config, source = store.open_tensors(tmp_path / name)
+    assert config == NANO and source.tensors == want.tensors
+    for key, tensor in source.tensors.items():
+      for start, stop in ((0, tensor.shape[0]), (5, 9)):
+        np.testing.assert_array_equal(
+          source.rows(key, start, stop), want.rows(key, start, stop)
+        )
+
+
+def test_a_leaf_of_another_shape_is_refused(tmp_path, random_params):
+  store.write(tmp_path / "m", NANO, random_params(NANO), None)
+  other = dataclasses.replace(NANO, mlp_dim=96)
+  (tmp_path / "m" / "model.json").write_text(other.to_json())
+  with pytest.raises(errors.BadFileError, match=r"gate.*\[2, 64, 192\].*96"):
+    store.open_tensors(tmp_path / "m")
+
+
+def test_blocks_are_checked(tmp_path, random_params):
+  """A flipped bit of a converted model does not load in silence."""
+  store.write(tmp_path / "m", NANO, random_params(NANO), None)
+  folder = tmp_path / "m/checkpoints/0/params/layers.mlp.up.kernel/c/0/0"
+  (file,) = folder.iterdir()
+  content = bytearray(file.read_bytes())
+  content[1000] ^= 1
+  file.write_bytes(content)
+  with pytest.raises(errors.BadFileError, match="cannot be read"):
+    store.read_params(tmp_path / "m")
