@@ -113,9 +113,9 @@ def convert(job: Job, *, check: bool) -> None:
       " float32, bfloat16 or float16."
     )
   atomic.check_new(path)
-  config, source = open_source(job)
-  tokenizer = _tokenizer(job)
-  print(f"read     {_summary(job.source, source, tokenizer)}", flush=True)
+  read = open_source(job)
+  config, source = read.config, read.source
+  print(f"read     {_summary(read)}", flush=True)
   wanted = source
   if job.dtype and job.dtype != Q8_0:
     wanted = weights.as_dtype(source, names.DTYPES[DTYPES[job.dtype]])
@@ -137,12 +137,11 @@ def convert(job: Job, *, check: bool) -> None:
   ):
     if site.done:
       print(f"resumed  {len(site.done)} tensors are there", flush=True)
-    module.write_into(site, config, wanted, tokenizer, **settings)
+    module.write_into(site, config, wanted, read.tokenizer, **settings)
     tick.close()
     print(f"written  {time.monotonic() - start:.1f} s", flush=True)
     shown = None
     if check:
-      read = verify.Side(job.source, config, source, tokenizer)
       shown = prove(job, read, site.content)
       if site.content.is_dir():
         atomic.write_text(site.content / PROOF, shown)
@@ -158,29 +157,26 @@ def convert(job: Job, *, check: bool) -> None:
   print(f"proof    {file} has every tensor's shape, dtype and hash")
 
 
-def open_source(job: Job):
-  """(LlamaConfig, weights.Source) of --src under --model."""
+def open_source(job: Job, knob: str = "--src") -> verify.Side:
+  """What --src is under --model, its weights unread."""
   settings = {}
   if job.model:
-    if checkpoint.parse(job.source, "--src")[0] != "meta":
+    if checkpoint.parse(job.source, knob)[0] != "meta":
       raise errors.UserError(
         f"--model={job.model} completes the params.json of a meta: source;"
-        f" --src={job.source} says by itself what it is."
+        f" {knob}={job.source} says by itself what it is."
       )
     settings["model"] = job.model
-  return checkpoint.open_tensors(job.source, "--src", **settings)
-
-
-def _tokenizer(job: Job):
-  found = checkpoint.read_tokenizer(job.source, "--src")
-  if not job.tokenizer:
-    return found
-  if found is not None:
-    raise errors.UserError(
-      f"--tokenizer={job.tokenizer}: --src={job.source} has a tokenizer of its"
-      " own; leave the flag out."
-    )
-  return text.load_tokenizer(job.tokenizer)
+  config, source = checkpoint.open_tensors(job.source, knob, **settings)
+  tokenizer = checkpoint.read_tokenizer(job.source, knob, **settings)
+  if job.tokenizer:
+    if tokenizer is not None:
+      raise errors.UserError(
+        f"--tokenizer={job.tokenizer}: {knob}={job.source} has a tokenizer of"
+        " its own; leave the flag out."
+      )
+    tokenizer = text.load_tokenizer(job.tokenizer)
+  return verify.Side(job.source, config, source, tokenizer)
 
 
 def _settings(job: Job, scheme: str) -> dict[str, Any]:
@@ -195,8 +191,8 @@ def _settings(job: Job, scheme: str) -> dict[str, Any]:
   return settings
 
 
-def _summary(reference: str, source: weights.Source, tokenizer) -> str:
-  tensors = source.tensors.values()
+def _summary(side: verify.Side) -> str:
+  tensors, tokenizer = side.source.tensors.values(), side.tokenizer
   stored = ", ".join(sorted({tensor.stored for tensor in tensors}))
   total = sum(weights.stored_bytes(tensor) for tensor in tensors)
   words = "no tokenizer"
@@ -205,7 +201,7 @@ def _summary(reference: str, source: weights.Source, tokenizer) -> str:
     if tokenizer.chat_template is not None:
       words += " and a chat template"
   return (
-    f"{reference}: {len(source.tensors)} tensors, {total / 1e6:,.0f} MB as"
+    f"{side.reference}: {len(tensors)} tensors, {total / 1e6:,.0f} MB as"
     f" {stored}, {words}"
   )
 
@@ -295,9 +291,7 @@ def main(argv) -> None:
         f"--describe={_DESCRIBE.value} stands alone; leave out --src and --dst."
       )
     job = Job(_DESCRIBE.value, "", model=_MODEL.value)
-    config, source = open_source(job)
-    tokenizer = checkpoint.read_tokenizer(job.source, "--describe")
-    print(describe.describe(job.source, config, source, tokenizer))
+    print(describe.describe(open_source(job, "--describe")))
     return
   for knob, value in (("--src", _SRC.value), ("--dst", _DST.value)):
     if not value:

@@ -2,7 +2,7 @@
 
   python -m llama_jax.generate --ckpt=REF --prompt=TEXT
   python -m llama_jax.generate --ckpt=REF --chat
-    [--temperature --top_p --top_k --max_new_tokens --seed]
+    [--temperature --top_p --top_k --max_new_tokens --seed --stop=TEXT ...]
 
 The text streams as it is decoded. In a chat, Ctrl-C stops an answer, /reset
 forgets the conversation, and Ctrl-D or /exit ends.
@@ -73,7 +73,9 @@ def main(argv) -> None:
     raise errors.UserError("give either --prompt=TEXT or --chat.")
   from llama_jax import llama as llama_lib
   from llama_jax.decoding import sampling
+  from llama_jax.text import stream
 
+  stream.check_stop_strings(_STOP.value)
   temperature = _TEMPERATURE.value
   if temperature is None:
     temperature = 0.7 if _CHAT.value else 0.0
@@ -85,6 +87,7 @@ def main(argv) -> None:
       top_p=_TOP_P.value,
       seed=_SEED.value,
     ),
+    "stop": _STOP.value,
   }
   llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
   if _CHAT.value:
@@ -105,6 +108,9 @@ if __name__ == "__main__":
   _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest; 0 all.")
   _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "At most.")
   _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+  _STOP = flags.DEFINE_multi_string(
+    "stop", [], "Text that ends the answer, as in $'\\n\\n'; repeatable."
+  )
   _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Compute dtype."
   )

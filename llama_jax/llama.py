@@ -84,7 +84,7 @@ class Llama:
     """Ids of a conversation, ready for the assistant's turn."""
     from llama_jax.text import chat
 
-    return chat.render(self.need_tokenizer(), messages)
+    return chat.render(self.need_tokenizer(), messages).ids
 
   def stream(
     self,
@@ -92,27 +92,20 @@ class Llama:
     *,
     max_new_tokens: int,
     sampling_config: sampling.SamplingConfig,
+    stop: Sequence[str] = (),
   ) -> Iterator[str]:
-    """Text as it is decoded, in whole characters, without the stop token."""
-    from llama_jax.text import stream as stream_lib
+    """Text as it is decoded, in whole characters, without the stop token.
 
-    tokenizer = self.need_tokenizer()
-    decoder, params = self.unrolled
-    detokenizer = stream_lib.Detokenizer(tokenizer)
-    stops = set(tokenizer.stop_ids)
-    for (new,) in loop.stream(
-      decoder,
-      params,
+    stop: texts that end the answer too; none of them is part of it.
+    """
+    for (text,) in self._stream(
       [list(prompt)],
+      stop,
       max_new_tokens=max_new_tokens,
       sampling_config=sampling_config,
-      stop_ids=tokenizer.stop_ids,
     ):
-      text = "".join(detokenizer.push(i) for i in new if i not in stops)
       if text:
         yield text
-    if rest := detokenizer.flush():
-      yield rest
 
   def generate(
     self,
@@ -123,6 +116,7 @@ class Llama:
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    stop: Sequence[str] = (),
   ):
     """Continues a prompt: the new text alone, up to a stop token.
 
@@ -130,25 +124,40 @@ class Llama:
       prompt: a text, or several to decode as one batch (then a list returns).
       max_new_tokens: at most this many.
       temperature, top_p, top_k, seed: see decoding.sampling; 0 is greedy.
+      stop: texts that end an answer too; none of them is part of it.
     """
-    tokenizer = self.need_tokenizer()
-    decoder, params = self.unrolled
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    rows = loop.generate(
-      decoder,
-      params,
+    pieces = self._stream(
       [self.encode_prompt(one) for one in prompts],
+      stop,
       max_new_tokens=max_new_tokens,
       sampling_config=sampling.SamplingConfig(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
       ),
-      stop_ids=tokenizer.stop_ids,
     )
-    stops = set(tokenizer.stop_ids)
-    texts = [
-      tokenizer.decode([i for i in row if i not in stops]) for row in rows
-    ]
+    texts = ["".join(row) for row in zip(*pieces, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
+
+  def _stream(self, prompts, stop, **settings) -> Iterator[list[str]]:
+    """Each row's new text, step by step, until all rows have ended."""
+    from llama_jax.text import stream as stream_lib
+
+    tokenizer = self.need_tokenizer()
+    decoder, params = self.unrolled
+    rows = [
+      stream_lib.Detokenizer(tokenizer, stop_strings=stop) for _ in prompts
+    ]
+    ends = set(tokenizer.stop_ids)
+    for new in loop.stream(
+      decoder, params, prompts, stop_ids=tokenizer.stop_ids, **settings
+    ):
+      yield [
+        row.push_many(i for i in ids if i not in ends)
+        for row, ids in zip(rows, new, strict=True)
+      ]
+      if all(row.stopped for row in rows):
+        break
+    yield [row.flush() for row in rows]
 
   def need_tokenizer(self):
     """The tokenizer; raises UserError where the checkpoint has none."""

@@ -89,4 +89,4 @@ def test_the_ids_are_those_of_the_template(llama):
   shown = llama.tokenizer.decode(IDS["chat_ids"])
   said = shown.split("user\n")[1].split("\nassistant")[0]
   messages = [{"role": "user", "content": said}]
-  assert chat.render(llama.tokenizer, messages) == IDS["chat_ids"]
+  assert chat.render(llama.tokenizer, messages).ids == IDS["chat_ids"]

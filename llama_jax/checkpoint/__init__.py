@@ -61,10 +61,10 @@ def read_config(reference: str, knob: str = "--ckpt"):
   return module.read_config(path)
 
 
-def read_tokenizer(reference: str, knob: str = "--ckpt"):
-  """The tokenizer alone, or None."""
+def read_tokenizer(reference: str, knob: str = "--ckpt", **settings: Any):
+  """The tokenizer alone, or None; settings as in open_tensors."""
   module, path = find(reference, knob)
-  return module.read_tokenizer(path)
+  return module.read_tokenizer(path, **settings)
 
 
 def load(reference: str, knob: str = "--ckpt", shardings=None) -> Model:

@@ -3,36 +3,24 @@
 import collections
 import math
 
-from llama_jax.checkpoint import names, weights
+from llama_jax.checkpoint import names, verify, weights
 from llama_jax.model import config as config_lib
 from llama_jax.model import sizes
 
 _FIRST_CHARACTERS = 60
 
 
-def describe(
-  reference: str,
-  config: config_lib.LlamaConfig,
-  source: weights.Source,
-  tokenizer,
-) -> str:
-  """The lines that --describe prints; reads no weights.
-
-  Args:
-    reference: scheme:path.
-    config: of the checkpoint.
-    source: its tensors.
-    tokenizer: its tokenizer, or None.
-  """
+def describe(side: verify.Side) -> str:
+  """The lines that --describe prints; reads no weights."""
   return "\n".join(
     f"{label:<13}{value}"
     for label, value in (
-      ("checkpoint", reference),
-      ("architecture", _architecture(config)),
-      ("preset", _preset(config)),
-      ("rope", _rope(config)),
-      *_amounts(config, source),
-      *_words(config, tokenizer),
+      ("checkpoint", side.reference),
+      ("architecture", _architecture(side.config)),
+      ("preset", _preset(side.config)),
+      ("rope", _rope(side.config)),
+      *_amounts(side.config, side.source),
+      *_words(side.config, side.tokenizer),
     )
   )
 

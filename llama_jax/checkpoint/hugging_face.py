@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import pathlib
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -253,7 +252,7 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
 def _open_safetensors(
   folder: pathlib.Path, name: str
 ) -> tuple[dict[str, weights.Tensor], _Rows]:
-  path = _inside(folder, name)
+  path = files.inside(folder, name)
   size = path.stat().st_size
   with files.opened(path) as raw:
     length = int.from_bytes(raw.read(8), "little")
@@ -339,39 +338,5 @@ def _folder(path: str | os.PathLike) -> pathlib.Path:
   return folder
 
 
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-  """The path of a plain file of the folder.
-
-  Raises:
-    BadFileError: the name leads elsewhere, or to something that is no file.
-  """
-  path = folder / name
-  if name != path.name or "\\" in name or "\0" in name or name in (".", ".."):
-    raise errors.BadFileError(
-      f"{folder} names the file {name!r}; only plain names of files in the"
-      " folder are opened."
-    )
-  try:
-    real = path.resolve(strict=True)
-    home = folder.resolve()
-    if real.parent not in (home, home.parent.parent / "blobs"):
-      raise errors.BadFileError(
-        f"{path} is a link to {real}, outside the folder; copy the file."
-      )
-    # Opening a pipe would wait for ever.
-    if not stat.S_ISREG(real.stat().st_mode):
-      raise errors.BadFileError(f"{path} is not a file.")
-  except (OSError, RuntimeError) as error:
-    raise errors.BadFileError(f"{path} cannot be read: {error}.") from error
-  return path
-
-
 def _read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
-  return files.read_json(_inside(folder, name), _no_doubles)
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  value = dict(pairs)
-  if len(value) != len(pairs):
-    raise ValueError("a key occurs twice")
-  return value
+  return files.read_json(files.inside(folder, name), files.no_doubles)

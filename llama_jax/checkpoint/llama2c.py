@@ -90,8 +90,9 @@ def read_config(path: str | os.PathLike) -> config_lib.LlamaConfig:
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
-  """That of the one *.model file in the same folder; else None."""
-  found = list(pathlib.Path(path).absolute().parent.glob("*.model"))
+  """That of the one *.model in the same folder, else of the one tok*.bin."""
+  folder = pathlib.Path(path).absolute().parent
+  found = list(folder.glob("*.model")) or list(folder.glob("tok*.bin"))
   return text.load_tokenizer(found[0]) if len(found) == 1 else None
 
 

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import stat
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +36,8 @@ from llama_jax.checkpoint import (
   weights,
 )
 from llama_jax.model import config as config_lib
-from llama_jax.text import files
+from llama_jax.model import sizes
+from llama_jax.text import files, templates
 
 _EMBED = names.name_of(names.EMBED_PATH, "meta")
 _HEAD = names.name_of(names.HEAD_PATH, "meta")
@@ -52,15 +53,27 @@ def read(
     BadFileError: a file is damaged or missing, or this is not a Llama.
   """
   config, source = open_tensors(path, model)
-  tokenizer = read_tokenizer(path)
+  tokenizer = read_tokenizer(path, model)
   if tokenizer is not None:
     proof.check_vocabulary(config, tokenizer, source.file)
   return config, weights.read_params(config, source), tokenizer
 
 
-def read_tokenizer(path: str | os.PathLike) -> Any:
-  """The folder's tokenizer, or None if it holds none."""
-  return text.find_tokenizer(path)
+def read_tokenizer(path: str | os.PathLike, model: str | None = None) -> Any:
+  """The folder's tokenizer, or None if it holds none.
+
+  Meta's folders carry no chat template. One that is called a chat model's, or
+  whose preset is ("chat" or "instruct" in the name), gets that of its family.
+  """
+  tokenizer = text.find_tokenizer(path)
+  if tokenizer is None or tokenizer.chat_template is not None:
+    return tokenizer
+  called = model or pathlib.Path(path).resolve().name
+  if re.search("chat|instruct", called, re.IGNORECASE):
+    name, differs = sizes.nearest(read_config(path, model))
+    if not differs:
+      templates.give(tokenizer, name)
+  return tokenizer
 
 
 def read_config(
@@ -245,7 +258,7 @@ def _parts(folder: pathlib.Path) -> list[str]:
       f" {_part(1)} and so on, without a gap."
     )
   for name in found:
-    _check_inside(folder, name)
+    files.inside(folder, name)
   return found
 
 
@@ -258,22 +271,5 @@ def _folder(path: str | os.PathLike) -> pathlib.Path:
     )
   for name in (meta_params.PARAMS, meta_params.OURS):
     if (folder / name).is_symlink():
-      _check_inside(folder, name)
+      files.inside(folder, name)
   return folder
-
-
-def _check_inside(folder: pathlib.Path, name: str) -> None:
-  """Refuses a link out of the folder."""
-  path = folder / name
-  try:
-    real, home = path.resolve(strict=True), folder.resolve()
-    # The original/ of a snapshot lies one deeper.
-    caches = [parent / "blobs" for parent in home.parents[1:3]]
-    if real.parent not in (home, *caches):
-      raise errors.BadFileError(
-        f"{path} is a link to {real}, outside the folder; copy the file."
-      )
-    if not stat.S_ISREG(real.stat().st_mode):
-      raise errors.BadFileError(f"{path} is not a file.")
-  except (OSError, RuntimeError) as error:
-    raise errors.BadFileError(f"{path} cannot be read: {error}.") from error

@@ -92,7 +92,7 @@ def read(folder: pathlib.Path) -> Said:
     BadFileError: they are missing, malformed, or those of no plain Llama.
   """
   file = folder / PARAMS
-  fields = files.read_json(file, no_doubles)
+  fields = files.read_json(file, files.no_doubles)
   if unknown := sorted(set(fields) - _KEYS):
     raise errors.BadFileError(
       f"{file} holds {unknown[0][:60]!r}, which no plain Llama has; take it out"
@@ -115,7 +115,7 @@ def read(folder: pathlib.Path) -> Said:
   unsaid = fields.get("vocab_size") in (None, -1)
   ours = {}
   if (folder / OURS).exists():
-    ours = files.read_json(folder / OURS, no_doubles)
+    ours = files.read_json(folder / OURS, files.no_doubles)
     tied = ours.get("tied_embeddings")
     context, _ = _readers(ours, str(folder / OURS))
     if set(ours) != {"context_length", "tied_embeddings"} or (
@@ -256,11 +256,3 @@ def _rule(embed_dim: int, width: int) -> tuple[int, float | None]:
       f" model.embed_dim={embed_dim}; write hf: or gguf: instead."
     )
   return width, multiplier
-
-
-def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """An object of JSON, whose keys differ."""
-  value = dict(pairs)
-  if len(value) != len(pairs):
-    raise ValueError("a key occurs twice")
-  return value

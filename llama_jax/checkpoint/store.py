@@ -8,6 +8,7 @@ A step appears under its name only when it is whole (orbax renames it), and a
 converted model's DIR likewise (building.py).
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -362,7 +363,7 @@ def write_into(
       step / "params" / _orbax_name(row),
       names.our_shape(config, row),
       dtypes[row.path],
-      columns=row.reshape != names.AS_IS,
+      row,
       block_bytes=block_bytes,
     )
     for row in {place.row for place in places.values()}
@@ -373,17 +374,29 @@ def write_into(
     for step_ in (arrays[place.row.path].block,)
     for start in range(0, place.shape[0], step_)
   )
-  pending = None
+
+  def turn(name: str, rows: np.ndarray) -> np.ndarray:
+    row = places[name].row
+    rows = rows.astype(dtypes[row.path], copy=False)
+    return rows if row.reshape == names.AS_IS else weights.transpose(rows)
+
+  # One block is on its way to the disk while the next are read and turned.
+  pending: collections.deque[tuple[Any, str | None]] = collections.deque()
+
+  def settle(most: int) -> None:
+    while len(pending) > most:
+      write, finished = pending.popleft()
+      write.result()
+      if finished is not None:
+        site.finish(finished, halves.tensors[finished].num_bytes)
+
   with _writable(folder):
-    for name, start, stop, rows in weights.read_ahead(halves, spans):
+    for name, start, stop, rows in weights.read_ahead(halves, spans, turn):
       place = places[name]
       write = arrays[place.row.path].write(place.layer, start, stop, rows)
-      if pending is not None:
-        pending.result()
-      pending = write
-      if stop == place.shape[0]:
-        pending.result()
-        site.finish(name, halves.tensors[name].num_bytes)
+      pending.append((write, name if stop == place.shape[0] else None))
+      settle(most=1)
+    settle(most=0)
 
 
 def _orbax_name(row: names.Row) -> str:
@@ -426,13 +439,14 @@ class _Array:
     folder: pathlib.Path,
     shape: tuple[int, ...],
     dtype: np.dtype,
+    row: names.Row,
     *,
-    columns: bool,
     block_bytes: int,
   ):
     import tensorstore
 
-    self._columns, self._dtype = columns, dtype
+    columns = row.reshape != names.AS_IS
+    self._columns = columns
     # One layer of a kernel; the norms of all layers.
     read = [1] * (len(shape) - 2) + list(shape[-2:]) if columns else [*shape]
     axis = len(shape) - 1 if columns else 0
@@ -441,7 +455,8 @@ class _Array:
     blocks = max(1, block_bytes // (read[axis] * row_bytes))
     write = [*read]
     write[axis] *= min(blocks, -(-shape[axis] // read[axis]))
-    self.block = write[axis]
+    whole = names.stacked(row) and not columns
+    self.block = shape[-1] if whole else write[axis]
     metadata = _zarr_metadata(shape, dtype, write, read)
     spec = {
       "driver": "zarr3",
@@ -456,13 +471,11 @@ class _Array:
         {**spec, "metadata": metadata}, create=True
       ).result()
 
-  def write(self, layer: int | None, start: int, stop: int, rows: np.ndarray):
-    """Starts to write rows of a layer; the future of it."""
+  def write(self, layer: int | None, start: int, stop: int, ours: np.ndarray):
+    """Starts to write a block, in our orientation; the future of it."""
     index: tuple[Any, ...] = () if layer is None else (layer,)
-    if self._columns:
-      index, rows = (*index, slice(None)), weights.transpose(rows)
-    rows = rows.astype(self._dtype, copy=False)
-    return self._array[(*index, slice(start, stop))].write(rows)
+    index += (slice(None),) if self._columns else ()
+    return self._array[(*index, slice(start, stop))].write(ours)
 
 
 def _zarr_metadata(shape, dtype, write, read) -> dict[str, Any]:

@@ -6,9 +6,9 @@ the rest. So a model of any size passes through little memory. as_scheme shows
 one under another scheme's names; nothing is read until rows are asked for.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,8 @@ from llama_jax.model import config as config_lib
 
 # Of weights in memory at once; several are on their way at a time.
 BLOCK_BYTES = 64 << 20
-_TILE = 64
+_TILE = 128
+_READERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,16 +219,28 @@ def as_dtype(source: Source, dtype: np.typing.DTypeLike) -> Source:
 
 
 def read_ahead(
-  source: Source, spans: Iterable[tuple[str, int, int]]
+  source: Source,
+  spans: Iterable[tuple[str, int, int]],
+  prepare: Callable[[str, np.ndarray], np.ndarray] = lambda name, rows: rows,
 ) -> Iterator[tuple[str, int, int, np.ndarray]]:
-  """(name, start, stop, rows) of spans, the next read while one is used."""
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    pending = None
-    for span in itertools.chain(spans, (None,)):
-      following = span and (span, pool.submit(source.rows, *span))
-      if pending:
-        yield *pending[0], pending[1].result()
-      pending = following
+  """(name, start, stop, rows) of spans, later ones read while one is used.
+
+  Args:
+    source: what to read.
+    spans: name, start and stop of each.
+    prepare: done to a span's rows where they are read, beside the others.
+  """
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    pending: collections.deque[tuple[tuple[str, int, int], Any]]
+    pending = collections.deque()
+    for span in spans:
+      job = pool.submit(lambda n, *at: prepare(n, source.rows(n, *at)), *span)
+      pending.append((span, job))
+      if len(pending) > _READERS:
+        (name, start, stop), job = pending.popleft()
+        yield name, start, stop, job.result()
+    for (name, start, stop), job in pending:
+      yield name, start, stop, job.result()
 
 
 def leaf_dtypes(
@@ -278,7 +291,7 @@ def read_params(
 def transpose(matrix: np.ndarray) -> np.ndarray:
   """A contiguous transpose: tile by tile, four times NumPy's rate.
 
-  A whole tile of either order stays in the first cache; a column of a wide
+  A whole tile of either order stays in a cache; a column of a wide
   matrix does not.
   """
   bits = matrix.view(f"u{matrix.dtype.itemsize}")

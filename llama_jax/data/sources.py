@@ -21,7 +21,7 @@ def expand(
   files below it, by name, hidden ones left out.
   """
   files: list[pathlib.Path] = []
-  for entry in _named(text):
+  for entry in named(text):
     path = pathlib.Path(entry)
     if not entry or not path.exists():
       raise errors.BadFileError(
@@ -43,7 +43,7 @@ def expand(
   return files
 
 
-def _named(text: str | list[str] | tuple[str, ...]) -> list[str]:
+def named(text: str | list[str] | tuple[str, ...]) -> list[str]:
   """The paths as they were given, one by one."""
   if isinstance(text, str):
     return [text] if os.path.exists(text) else text.split(",")
@@ -99,23 +99,30 @@ def _row(path: pathlib.Path, number: int, line: bytes) -> str:
   return row["text"]
 
 
-def documents(
+def stream(
   text: str | list[str] | tuple[str, ...], knob: str = "data.text"
-) -> list[str]:
-  """All documents of config.data.text, in order.
+) -> Iterator[tuple[pathlib.Path, str]]:
+  """(file, document) of config.data.text, in order, a document at a time.
 
   In a folder, files that are not UTF-8 text are passed over; a file that was
   named must be readable.
   """
-  named = {pathlib.Path(path) for path in _named(text)}
-  found: list[str] = []
+  by_name = {pathlib.Path(path) for path in named(text)}
   for path in expand(text, knob):
     try:
-      found += read(path)
+      for document in read(path):
+        yield path, document
     except errors.BadFileError as error:
       binary = isinstance(error.__cause__, UnicodeDecodeError)
-      if path in named or not binary or path.name.lower().endswith(JSONL):
+      if path in by_name or not binary or path.name.lower().endswith(JSONL):
         raise
+
+
+def documents(
+  text: str | list[str] | tuple[str, ...], knob: str = "data.text"
+) -> list[str]:
+  """All documents of `stream`; BadFileError where there is none."""
+  found = [document for _, document in stream(text, knob)]
   if not found:
     raise errors.BadFileError(f"{knob}={text} holds no text.")
   return found

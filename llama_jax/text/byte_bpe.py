@@ -6,60 +6,27 @@ which every special token is taken away, vocabulary and merges included: what
 it does not know, no text can spell. Special tokens are ours to place.
 """
 
+import contextlib
 import copy
 import functools
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from llama_jax import errors
-from llama_jax.text import files, gguf_fields
+from llama_jax.text import (
+  byte_level,
+  byte_level_gguf,
+  files,
+  spaced_gguf,
+  tiktoken_bpe,
+)
 from llama_jax.text import folder as folder_lib
 from llama_jax.text import tokenizer as tokenizer_lib
-
-# How each family cuts text before merging, by the name that llama.cpp gives it
-# (src/llama-vocab.cpp). Digits(individual) then GPT-2's pattern is what
-# "smollm" says there and what SmolLM's own tokenizer.json holds.
-_GPT2_CUT = {
-  "type": "ByteLevel",
-  "add_prefix_space": False,
-  "trim_offsets": True,
-  "use_regex": True,
-}
-_LLAMA3_PATTERN = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CUTS = {
-  "smollm": {
-    "type": "Sequence",
-    "pretokenizers": [
-      {"type": "Digits", "individual_digits": True},
-      _GPT2_CUT,
-    ],
-  },
-  "llama-bpe": {
-    "type": "Sequence",
-    "pretokenizers": [
-      {
-        "type": "Split",
-        "pattern": {"Regex": _LLAMA3_PATTERN},
-        "behavior": "Isolated",
-        "invert": False,
-      },
-      {**_GPT2_CUT, "use_regex": False},
-    ],
-  },
-  "gpt-2": _GPT2_CUT,
-  "default": _GPT2_CUT,
-}
-# Llama 3 takes a word that is in the vocabulary whole, and starts with bos.
-_WHOLE_WORDS = ("llama-bpe",)
-_CONTROL, _USER_DEFINED = 3, 4
 
 # Names to fall back on for a tokenizer.json that comes alone.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<|im_start|>")
@@ -67,10 +34,13 @@ _EOS_NAMES = ("<|end_of_text|>", "</s>", "<|im_end|>", "<|endoftext|>")
 
 
 class ByteBpe(tokenizer_lib.Tokenizer):
-  """A tokenizer.json document at work."""
+  """A tokenizer.json document at work.
+
+  spec, settings: as `_resolve` leaves them.
+  """
 
   def __init__(self, spec: dict[str, Any], settings: folder_lib.Settings):
-    self._spec, specials, conventions = _resolve(spec, settings)
+    self._spec = spec
     self._config = dict(settings.config)
     self._library = _library(self._spec)
     self._decoder = _Decoder(self._spec.get("decoder"))
@@ -78,10 +48,12 @@ class ByteBpe(tokenizer_lib.Tokenizer):
       *_vocabulary(self._spec).values(),
       *(t["id"] for t in self._spec["added_tokens"]),
     ]
+    if not all(type(id) is int and id >= 0 for id in ids):
+      raise ValueError("a token's id is no number from 0 on")
     super().__init__(
       vocab_size=max(ids, default=-1) + 1,
-      specials=specials,
-      conventions=conventions,
+      specials=settings.added.values(),
+      conventions=settings.conventions,
       byte_errors=self._decoder.byte_errors,
     )
 
@@ -93,16 +65,25 @@ class ByteBpe(tokenizer_lib.Tokenizer):
     content = json.dumps(self._spec, ensure_ascii=False, indent=1).encode()
     folder_lib.write(folder, self, {folder_lib.TOKENIZER_JSON: content}, config)
 
+  def gguf_metadata(self) -> dict[str, Any]:
+    if self._spec["model"].get("byte_fallback"):
+      return spaced_gguf.write(self._spec, self)
+    return byte_level_gguf.write(self._spec, self)
+
+  def model_file(self) -> bytes | None:
+    return byte_level.ranks_file(self._spec)
+
   def _encode_plain(self, texts: Sequence[str], first: bool) -> list[list[int]]:
     library = self._library if first else self._continuing
-    if len(texts) == 1:  # spares the threads
-      return [library.encode(texts[0], add_special_tokens=False).ids]
-    return [
-      encoding.ids
-      for encoding in library.encode_batch_fast(
-        list(texts), add_special_tokens=False
-      )
-    ]
+    with _in_our_words(errors.UserError, "the tokenizer fails at a text"):
+      if len(texts) == 1:  # spares the threads
+        return [library.encode(texts[0], add_special_tokens=False).ids]
+      return [
+        encoding.ids
+        for encoding in library.encode_batch_fast(
+          list(texts), add_special_tokens=False
+        )
+      ]
 
   def _pieces(self) -> tuple[list[bytes], frozenset[int]]:
     pieces = [b""] * self.vocab_size
@@ -132,14 +113,22 @@ class ByteBpe(tokenizer_lib.Tokenizer):
     return _library(spec) if changed else self._library
 
 
-def from_spec(content: bytes, name: str, folder: pathlib.Path) -> ByteBpe:
+def from_spec(
+  content: bytes,
+  name: str,
+  folder: pathlib.Path,
+  ranks: dict[bytes, int] | None = None,
+) -> tokenizer_lib.Tokenizer:
   """The tokenizer of a tokenizer.json and the files of its folder.
+
+  ranks: of a tiktoken file beside it. Where both say the same, `tiktoken` does
+    the work, which is faster.
 
   Raises:
     BadFileError: not such a document, or one that `tokenizers` refuses.
   """
   spec = files.parse_json(content, name)
-  return _build(name, spec, folder_lib.read_settings(folder))
+  return _build(name, spec, folder_lib.read_settings(folder), ranks)
 
 
 def from_gguf_metadata(fields: Mapping[str, Any], name: str) -> ByteBpe:
@@ -151,76 +140,42 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str) -> ByteBpe:
     BadFileError: a field is missing or contradicts another.
     UserError: the way it cuts text into words is not known here.
   """
-  cut = fields.get("tokenizer.ggml.pre", "default")
-  if cut not in _CUTS:
-    raise errors.UserError(
-      f"{name}: tokenizer.ggml.pre={cut!r} is not known here; known are"
-      f" {', '.join(sorted(_CUTS))}. Load the model's tokenizer.json instead."
-    )
-  tokens = fields.get("tokenizer.ggml.tokens")
-  merges = fields.get("tokenizer.ggml.merges")
-  if not tokens or merges is None:
-    raise errors.BadFileError(
-      f"{name}: tokenizer.ggml.tokens and tokenizer.ggml.merges are needed."
-    )
-  kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-  if len(kinds) != len(tokens):
-    raise errors.BadFileError(
-      f"{name}: {len(tokens)} tokens, but {len(kinds)} token types."
-    )
-  pairs = [tuple(m.split(" ", 1)) for m in merges]
-  if any(len(pair) != 2 for pair in pairs):
-    raise errors.BadFileError(
-      f"{name}: tokenizer.ggml.merges must be pairs with a space between."
-    )
-  settings = gguf_fields.read_settings(
-    fields, name, add_bos=cut in _WHOLE_WORDS
-  )
-  named = settings.conventions.named.values()
-  spec = {
-    "version": "1.0",
-    "truncation": None,
-    "padding": None,
-    "added_tokens": [
-      _added(text, id, special=kind == _CONTROL or text in named)
-      for id, (text, kind) in enumerate(zip(tokens, kinds, strict=True))
-      if kind in (_CONTROL, _USER_DEFINED) or text in named
-    ],
-    "normalizer": None,
-    "pre_tokenizer": _CUTS[cut],
-    "post_processor": None,
-    "decoder": {**_GPT2_CUT, "add_prefix_space": True},
-    "model": {
-      "type": "BPE",
-      "dropout": None,
-      "unk_token": None,
-      "continuing_subword_prefix": None,
-      "end_of_word_suffix": None,
-      "fuse_unk": False,
-      "byte_fallback": False,
-      "ignore_merges": cut in _WHOLE_WORDS,
-      "vocab": {text: id for id, text in reversed(list(enumerate(tokens)))},
-      "merges": pairs,
-    },
-  }
-  return _build(name, spec, settings)
+  return _build(name, *byte_level_gguf.read(fields, name))
 
 
-def _build(name: str, spec: Any, settings: folder_lib.Settings) -> ByteBpe:
-  """ByteBpe, with what the library says of a bad document in our words."""
+def _build(
+  name: str,
+  spec: Any,
+  settings: folder_lib.Settings,
+  ranks: dict[bytes, int] | None = None,
+) -> tokenizer_lib.Tokenizer:
+  """A tokenizer, with what the library says of a bad document in our words."""
   model = spec.get("model") if isinstance(spec, dict) else None
   if not isinstance(model, dict) or not model.get("vocab"):
     raise errors.BadFileError(
       f"{name} is not a tokenizer.json document: it has no model.vocab."
     )
   try:
-    return ByteBpe(spec, settings)
+    with _in_our_words(errors.BadFileError, "it holds no usable tokenizer"):
+      spec, settings = _resolve(spec, settings)
+      found = ranks and tiktoken_bpe.from_document(ranks, spec, settings)
+      return found or ByteBpe(spec, settings)
   except errors.UserError as error:
     raise type(error)(f"{name}: {error}") from None
-  except Exception as error:  # the library raises bare Exception
-    raise errors.BadFileError(
-      f"{name} holds no usable tokenizer: {type(error).__name__}: {error}."
-    ) from error
+
+
+@contextlib.contextmanager
+def _in_our_words(kind: type[errors.UserError], what: str) -> Iterator[None]:
+  """The library raises bare Exception, and its panics are not even that."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except BaseException as error:
+    panic = type(error).__name__ == "PanicException"
+    if not panic and not isinstance(error, Exception):
+      raise
+    raise kind(f"{what}: {type(error).__name__}: {error}.") from error
 
 
 def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
@@ -230,24 +185,13 @@ def _vocabulary(spec: dict[str, Any]) -> dict[str, int]:
   return {piece: id for id, (piece, _) in enumerate(vocab)}  # Unigram
 
 
-def _added(text: str, id: int, special: bool, **flags: bool) -> dict[str, Any]:
-  return {
-    "id": id,
-    "content": text,
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    **flags,
-    "special": special,
-  }
-
-
-def _resolve(spec: dict[str, Any], settings: folder_lib.Settings):
+def _resolve(
+  spec: dict[str, Any], settings: folder_lib.Settings
+) -> tuple[dict[str, Any], folder_lib.Settings]:
   """Settles what is special and what it is for.
 
-  Returns the document with every added token in it and marked, the special
-  tokens, and the conventions with nothing left open.
+  Returns the document with every added token in it and marked, and settings
+  that say the same, with nothing left open.
   """
   vocabulary = _vocabulary(spec)
   added = {t["content"]: dict(t) for t in spec.get("added_tokens") or ()}
@@ -256,11 +200,11 @@ def _resolve(spec: dict[str, Any], settings: folder_lib.Settings):
     if text in added:
       added[text]["special"] = True
     elif id is not None:
-      added[text] = _added(
+      added[text] = byte_level.added_token(
         text, id, True, lstrip=special.lstrip, rstrip=special.rstrip
       )
   for text, id in settings.plain.items():
-    added.setdefault(text, _added(text, id, False))
+    added.setdefault(text, byte_level.added_token(text, id, False))
   for token in added.values():
     if token["id"] in settings.conventions.stop_ids:
       token["special"] = True
@@ -303,7 +247,12 @@ def _resolve(spec: dict[str, Any], settings: folder_lib.Settings):
       "type": "Sequence",
       "processors": [*own, folder_lib.bos_processor(bos, added[bos]["id"])],
     }
-  return spec, specials, conventions
+  return spec, folder_lib.Settings(
+    conventions=conventions,
+    added={s.text: s for s in specials},
+    plain={t["content"]: t["id"] for t in added.values() if not t["special"]},
+    config=settings.config,
+  )
 
 
 def _leading_token(post_processor: dict[str, Any] | None) -> str | None:
@@ -321,6 +270,7 @@ def _library(spec: dict[str, Any]) -> tokenizers.Tokenizer:
   """The library's tokenizer for a user's text: one that knows no special
   token, so that no merge, whole word or added token can yield one."""
   model = dict(spec["model"])
+  _check_merges(model)
   specials = {t["content"] for t in spec["added_tokens"] if t["special"]}
   plain = [t for t in spec["added_tokens"] if not t["special"]]
   if isinstance(model["vocab"], dict):
@@ -333,7 +283,7 @@ def _library(spec: dict[str, Any]) -> tokenizers.Tokenizer:
     if "merges" in model:
       model["merges"] = [
         merge
-        for merge in map(_pair, model["merges"])
+        for merge in map(byte_level.pair, model["merges"])
         if specials.isdisjoint((*merge, "".join(merge)))
       ]
   else:
@@ -351,24 +301,20 @@ def _library(spec: dict[str, Any]) -> tokenizers.Tokenizer:
   )
 
 
-def _pair(merge: str | Sequence[str]) -> tuple[str, ...]:
-  return tuple(merge.split(" ", 1) if isinstance(merge, str) else merge)
+def _check_merges(model: dict[str, Any]) -> None:
+  """Refuses what ends the process: the library cuts the prefix off the second
+  half of each merge without looking whether it is there."""
+  prefix = model.get("continuing_subword_prefix")
+  if prefix and not all(
+    byte_level.pair(merge)[1].startswith(prefix)
+    for merge in model.get("merges", ())
+  ):
+    raise ValueError(
+      "model.continuing_subword_prefix does not start the second half of each"
+      " of model.merges"
+    )
 
 
-def _byte_letters() -> dict[str, int]:
-  """GPT-2's letter for each byte: itself if printable, else from U+0100 on."""
-  printable = [
-    *range(ord("!"), ord("~") + 1),
-    *range(ord("¡"), ord("¬") + 1),
-    *range(ord("®"), ord("ÿ") + 1),
-  ]
-  letters = {chr(b): b for b in printable}
-  others = [b for b in range(256) if b not in printable]
-  letters.update({chr(256 + n): b for n, b in enumerate(others)})
-  return letters
-
-
-_LETTERS = _byte_letters()
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -386,9 +332,9 @@ class _Decoder:
       elif kind == "ByteFallback":
         self._byte_fallback = True
       elif kind == "Replace" and "String" in part["pattern"]:
-        self._replacements.append((part["pattern"]["String"], part["content"]))
+        self._replace(part["pattern"]["String"], part["content"])
       elif kind == "Metaspace":
-        self._replacements.append((part["replacement"], " "))
+        self._replace(part["replacement"], " ")
         self._strips = part.get("prepend_scheme", "always") != "never"
       elif kind == "Strip" and part["content"] == " " and not part["stop"]:
         self._strips = part["start"] > 0
@@ -401,12 +347,20 @@ class _Decoder:
       "replace" if self._byte_level else tokenizer_lib.EACH_BYTE
     )
 
+  def _replace(self, old: str, new: str) -> None:
+    """One that lengthens could turn a small file into any amount of text."""
+    if len(new) > len(old):
+      raise errors.UserError(
+        f"its decoder replaces {old!r} by something longer, {new[:20]!r}; known"
+        " are decoders that do not lengthen a token."
+      )
+    self._replacements.append((old, new))
+
   def piece(self, text: str) -> tuple[bytes, bool]:
     """The bytes, and whether a leading space of them may be no text."""
     if self._byte_level:
-      if all(letter in _LETTERS for letter in text):
-        return bytes(_LETTERS[letter] for letter in text), False
-      return text.encode(), False
+      data = byte_level.in_bytes(text)
+      return text.encode() if data is None else data, False
     if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(text)):
       data = bytes([int(match[1], 16)])
     else:

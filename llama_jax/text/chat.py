@@ -1,27 +1,32 @@
 """Dialogs -> ids, by the Jinja template that a model brings along.
 
-The template is a program from outside and runs in a sandbox. What people wrote
-is text: before rendering, the first letter of every special token that a
-message spells is put under a mask, a private-use letter; the rendered text is
-cut at the special tokens that remain, all of them the template's own; then the
-masks come off and the text between is encoded as a user's text. So the ids
-equal those of encoding the rendered text whole, but for the special tokens
-that a message spells.
+The template is a program from outside and runs in a sandbox (`jinja`). What
+people wrote is text: before rendering, the special tokens that a message
+spells are hidden (`mask`); the rendered text is cut at the special tokens that
+remain, all of them the template's own; then what was hidden is shown again and
+the text between is encoded as a user's text. So the ids equal those of
+encoding the rendered text whole, but for the special tokens that a message
+spells.
+
+What the assistant is trained to say is told in one of three ways:
+  - a template with {% generation %} blocks says it: what they hold;
+  - else the answers are marked and found again in the rendered text; theirs
+    is also the token that ends the turn, and the white space before it;
+  - an answer with tool calls is all that the template writes after the header
+    that it gives when asked for an answer, up to the token that ends the turn.
+A token of which one byte is the assistant's is the assistant's: the space that
+a header ends with is often the first letter of the answer's first token.
 """
 
-import datetime
-import functools
-import json
+import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
 from llama_jax import errors
+from llama_jax.text import jinja
+from llama_jax.text import mask as mask_lib
 from llama_jax.text import tokenizer as tokenizer_lib
 
 ROLES = (
@@ -33,36 +38,50 @@ ROLES = (
   "function",
   "ipython",
 )
-# Characters, of a whole chat or of any one string made on the way.
-MAX_RENDERED = 2**24
-_PRIVATE_USE = range(0xE000, 0xF900)
+_ASSISTANT = "assistant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+  """A dialog as a model reads it.
+
+  ids: of the whole dialog.
+  assistant: for each id, whether the assistant is trained to say it; None
+    where that was not asked for.
+  """
+
+  ids: list[int]
+  assistant: list[bool] | None
 
 
 def render(
   tokenizer: tokenizer_lib.Tokenizer,
   messages: Sequence[Mapping[str, Any]],
   add_generation_prompt: bool = True,
+  find_assistant: bool = False,
   **variables: Any,
-) -> list[int]:
+) -> Rendered:
   """Ids of a dialog, as transformers' apply_chat_template gives them.
 
   messages: [{"role": one of ROLES, "content": str}, ...]; further keys, and
     `variables` such as `tools`, are the template's to use.
+  find_assistant: tell what to train on, which takes a second rendering.
   Begin of text is written by the template, or not at all.
 
   Raises:
-    UserError: the messages are malformed, there is no template, or it is
-      faulty or refuses the messages.
+    UserError: the messages are malformed, there is no template, it is faulty,
+      refuses the messages or takes too long, or it hides which part of the
+      text is the assistant's.
   """
-  mask, rendered = _render(
-    tokenizer, messages, add_generation_prompt, variables
-  )
-  return tokenizer.encode_parts(
-    [
-      mask.remove(part) if isinstance(part, str) else part
-      for part in tokenizer.split_special(rendered)
-    ]
-  )
+  draft = _Draft(tokenizer, messages, variables)
+  text, has_generation = draft.render(draft.messages, add_generation_prompt)
+  parts = tokenizer.split_special(text)
+  if not find_assistant:
+    shown = [draft.mask.show(p) if isinstance(p, str) else p for p in parts]
+    return Rendered(tokenizer.encode_parts(shown), None)
+  find = _generation_blocks if has_generation else _answers
+  places = find(draft, text, add_generation_prompt)
+  return _encode(draft, text, parts, places)
 
 
 def render_text(
@@ -72,55 +91,9 @@ def render_text(
   **variables: Any,
 ) -> str:
   """The text of `render`, to be read; `encode` of it is not the same."""
-  mask, rendered = _render(
-    tokenizer, messages, add_generation_prompt, variables
-  )
-  return mask.remove(rendered)
-
-
-def _render(tokenizer, messages, add_generation_prompt, variables):
-  if tokenizer.chat_template is None:
-    raise errors.UserError(
-      "this tokenizer has no chat template; use a chat model's, or put a"
-      " chat_template.jinja beside its files."
-    )
-  _check(messages)
-  mask = _Mask(tokenizer, messages, variables)
-  variables = {
-    "tools": None,
-    "documents": None,
-    **tokenizer.named_tokens,
-    **{key: mask.put(value) for key, value in variables.items()},
-    "messages": [
-      {k: v if k == "role" else mask.put(v) for k, v in message.items()}
-      for message in messages
-    ],
-    "add_generation_prompt": add_generation_prompt,
-  }
-  try:
-    template = _compiled(tokenizer.chat_template)
-    pieces, size = [], 0
-    for piece in template.generate(variables):
-      pieces.append(piece)
-      size += len(piece)
-      if size > MAX_RENDERED:
-        raise jinja2.TemplateError(f"more than {MAX_RENDERED} characters")
-  except jinja2.TemplateSyntaxError as error:
-    raise errors.UserError(
-      f"the chat template is faulty at line {error.lineno}: {error.message}"
-    ) from error
-  except jinja2.TemplateError as error:
-    raise errors.UserError(
-      f"the chat template refuses these messages: {error.message}"
-    ) from error
-  except Exception as error:  # a template may fail in any way
-    raise errors.UserError(
-      "the chat template fails on these messages:"
-      f" {type(error).__name__}: {error}"
-    ) from error
-  rendered = "".join(pieces)
-  tokenizer_lib.check_text(rendered)
-  return mask, rendered
+  draft = _Draft(tokenizer, messages, variables)
+  text, _ = draft.render(draft.messages, add_generation_prompt)
+  return draft.mask.show(text)
 
 
 def _check(messages: Any) -> None:
@@ -149,175 +122,171 @@ def _check(messages: Any) -> None:
       )
 
 
-class _Mask:
-  """Hides the special tokens that strings from outside spell.
+class _Draft:
+  """One chat with its special tokens hidden, to be rendered in variations."""
 
-  Also those they could spell together with what the template puts next to
-  them: a string that starts with the end of one, or ends with the start.
-  """
-
-  def __init__(self, tokenizer, *values: Any):
-    specials = list(tokenizer.special_tokens)
-    text = tokenizer.chat_template + "".join(specials)
-    used = set(text).union(*map(set, _strings(values)))
-    firsts = sorted({s[0] for s in specials})
-    ends = {s[i] for s in specials for i in range(1, len(s))}
-    letters = [*firsts, *sorted(ends.difference(firsts))]
-    free = [chr(c) for c in _PRIVATE_USE if chr(c) not in used]
-    if len(free) < len(letters):
+  def __init__(self, tokenizer, messages, variables):
+    if tokenizer.chat_template is None:
       raise errors.UserError(
-        "the messages use too many private-use characters (U+E000 to U+F8FF)."
+        "this tokenizer has no chat template; use a chat model's, or put a"
+        " chat_template.jinja beside its files."
       )
-    self._letters = dict(zip(letters, free, strict=False))
-    self._removal = {
-      ord(masked): letter for letter, masked in self._letters.items()
+    _check(messages)
+    self.tokenizer = tokenizer
+    self.mask = mask_lib.Mask(tokenizer, messages, variables)
+    self.messages = [
+      {k: v if k == "role" else self.mask.hide(v) for k, v in message.items()}
+      for message in messages
+    ]
+    self._variables = {
+      "tools": None,
+      "documents": None,
+      **tokenizer.named_tokens,
+      **{key: self.mask.hide(value) for key, value in variables.items()},
     }
-    self._patterns = _patterns(tuple(specials)) if specials else None
 
-  def put(self, value: Any) -> Any:
-    """A copy with every string masked; keys of dictionaries too."""
-    if isinstance(value, str):
-      return self._put(value)
-    if isinstance(value, Mapping):
-      return {self.put(k): self.put(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-      return [self.put(v) for v in value]
-    return value
-
-  def remove(self, text: str) -> str:
-    return text.translate(self._removal)
-
-  def _put(self, text: str) -> str:
-    if self._patterns is None:
-      return text
-    inside, head, tail = self._patterns
-    text = inside.sub(lambda match: self._letters[match.group()], text)
-    # A template may trim, so white space at either end does not count.
-    start = len(text) - len(text.lstrip())
-    for match in (tail.match(text, start), head.search(text)):
-      if match:
-        at = match.start()
-        letter = self._letters.get(text[at], text[at])  # may be hidden already
-        text = text[:at] + letter + text[at + 1 :]
-    return text
+  def render(self, messages, add_generation_prompt, generation_marks=("", "")):
+    """The text, special tokens hidden, and whether it has blocks that say
+    what to train on."""
+    output = jinja.render(
+      self.tokenizer.chat_template,
+      {
+        **self._variables,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+      },
+      generation_marks,
+    )
+    tokenizer_lib.check_text(output.text)
+    return output.text, output.has_generation
 
 
-@functools.lru_cache(maxsize=8)
-def _patterns(specials: tuple[str, ...]):
-  """Patterns of: the first letter of a special token, wherever one starts; the
-  start of one at a string's end; the end of one, for a string's start."""
+def _generation_blocks(draft, text, prompt) -> list[tuple[int, int]]:
+  """Where in text the {% generation %} blocks lie."""
+  marked, _ = draft.render(draft.messages, prompt, draft.mask.marks)
+  bare, places = draft.mask.find(marked)
+  if bare != text or marked.count(draft.mask.marks[0]) != len(places):
+    raise errors.UserError(
+      "the chat template changes or nests its {% generation %} blocks, so what"
+      " to train on cannot be told; let each hold an answer and nothing else."
+    )
+  return places
 
-  def either(texts) -> str:
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
 
-  # Left as it is at an end: white space, which templates trim.
-  heads = {s[:i] for s in specials for i in range(1, len(s))}
-  tails = {s[i:] for s in specials for i in range(1, len(s))}
-  heads, tails = ({t for t in e if not t.isspace()} for e in (heads, tails))
-  return (
-    re.compile(
-      f"{tokenizer_lib.first_letters(specials)}(?={either(specials)}).",
-      re.DOTALL,
-    ),
-    re.compile(rf"(?:{either(heads)})(?=\s*\Z)" if heads else r"(?!)"),
-    re.compile(either(tails) or r"(?!)"),
+def _answers(draft, text, prompt) -> list[tuple[int, int]]:
+  """Where in text each assistant's message lies, its end of turn included."""
+  turns = [i for i, m in enumerate(draft.messages) if m["role"] == _ASSISTANT]
+  calls = [i for i in turns if draft.messages[i].get("tool_calls")]
+  answers = sorted(set(turns) - set(calls))
+  ends = [t for t, i in _specials(draft) if i in draft.tokenizer.stop_ids]
+  end = re.compile(tokenizer_lib.any_of(ends) if ends else r"(?!)")
+  after = re.compile(rf"\s*{end.pattern}")
+  places = []
+  for start, stop in _marked(draft, answers, text, prompt):
+    match = after.match(text, stop)
+    places.append((start, match.end() if match else stop))
+  for i in calls:
+    # The header, as when the model is asked for this very message.
+    header, _ = draft.render(draft.messages[:i], True)
+    turn, _ = draft.render(draft.messages[: i + 1], False)
+    if not (text.startswith(turn) and turn.startswith(header)):
+      raise errors.UserError(
+        f"the chat template writes messages[{i}], a call of tools, in another"
+        " way than it asks for one, so what to train on cannot be told; add"
+        " {% generation %} blocks to the template."
+      )
+    found = [match.end() for match in end.finditer(turn, len(header))]
+    places.append((len(header), found[-1] if found else len(turn)))
+  return sorted(places)
+
+
+def _marked(draft, answers, text, prompt) -> list[tuple[int, int]]:
+  """Where in text the contents of these messages lie."""
+  if not answers:
+    return []
+  # A template that trims certain white space only is confused by other.
+  for spaces in (True, False):
+    messages, count = list(draft.messages), 0
+    for i in answers:
+      content = messages[i]["content"]
+      if isinstance(content, str):
+        content, count = draft.mask.mark(content, spaces), count + 1
+      else:
+        texts = [j for j, part in enumerate(content) if _has_text(part)]
+        content, count = list(content), count + len(texts)
+        for j in texts:
+          said = draft.mask.mark(content[j]["text"], spaces)
+          content[j] = {**content[j], "text": said}
+      messages[i] = {**messages[i], "content": content}
+    bare, places = draft.mask.find(draft.render(messages, prompt)[0])
+    if bare == text and len(places) == count:
+      return places
+  raise errors.UserError(
+    "the chat template drops, repeats or rewrites what an assistant said, so"
+    " what to train on cannot be told; add {% generation %} blocks to the"
+    " template, or leave such messages out."
   )
 
 
-def _strings(value: Any):
-  """Every string in a nest of lists and dictionaries."""
-  if isinstance(value, str):
-    yield value
-  elif isinstance(value, Mapping):
-    for key, item in value.items():
-      yield from _strings(key)
-      yield from _strings(item)
-  elif isinstance(value, list | tuple):
-    for item in value:
-      yield from _strings(item)
+def _has_text(part: Any) -> bool:
+  return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """Jinja's sandbox, which also refuses to make giant strings and numbers."""
-
-  intercepted_binops = frozenset(["*", "**", "%"])
-
-  def call_binop(self, context, operator, left, right):
-    pair = (left, right)
-    if operator == "*":
-      for repeated, times in (pair, pair[::-1]):
-        if isinstance(repeated, str | list | tuple | bytes) and isinstance(
-          times, int
-        ):
-          _refuse_above(MAX_RENDERED, len(repeated) * times)
-    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-      _refuse_above(4096, left.bit_length() * right)
-    elif operator == "%" and isinstance(left, str):
-      widths = re.findall(r"\d+|\*", left)
-      if "*" in widths:
-        raise jinja2.TemplateError("'%*' is not allowed")
-      _refuse_above(MAX_RENDERED, max(map(int, widths), default=0))
-    return super().call_binop(context, operator, left, right)
-
-
-def _refuse_above(limit: int, size: int) -> None:
-  if size > limit:
-    raise jinja2.TemplateError(f"a value of size {size}; at most {limit}")
-
-
-class _Generation(jinja2.ext.Extension):
-  """transformers' {% generation %} block, which marks what to train on; here
-  its body stands for itself."""
-
-  tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-  def parse(self, parser):
-    line = next(parser.stream).lineno
-    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    return jinja2.nodes.Scope(body, lineno=line)
+def _encode(draft, text, parts, places) -> Rendered:
+  """Ids of the parts of text, and which of them touch one of the places."""
+  names = {id: name for name, id in _specials(draft)}
+  ids, assistant = [], []
+  cursor = 0
+  for n, part in enumerate(parts):
+    literal = part if isinstance(part, str) else names[part]
+    # White space may lie between: some special tokens swallow it.
+    at = text.index(literal, cursor)
+    cursor = at + len(literal)
+    inside = [
+      (max(start, at) - at, min(stop, cursor) - at)
+      for start, stop in places
+      if start < cursor and stop > at
+    ]
+    if isinstance(part, int):
+      ids.append(part)
+      assistant.append(bool(inside))
+      continue
+    shown = draft.mask.show(part)
+    # An id in front, where there was one: some vocabularies put a space before
+    # the first word of a document only.
+    front = parts[:n][-1:]
+    new = draft.tokenizer.encode_parts([*front, shown])[len(front) :]
+    ids += new
+    assistant += (
+      _touched(draft.tokenizer, new, shown, inside)
+      if inside
+      else [False] * len(new)
+    )
+  return Rendered(ids, assistant)
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-  """A template with what transformers gives to one."""
-  sandbox = _Sandbox(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[_Generation, "jinja2.ext.loopcontrols"],
-  )
-  sandbox.filters["tojson"] = _to_json
-  sandbox.globals["raise_exception"] = _raise
-  sandbox.globals["strftime_now"] = _now
-  return sandbox.from_string(source)
+def _touched(tokenizer, ids, text, inside) -> list[bool]:
+  """Which ids of a text have a byte in one of these spans of its letters."""
+  sizes = [len(tokenizer.join_bytes([id], True)[0]) for id in ids]
+  whole, _ = tokenizer.join_bytes(ids, True)
+  if text.encode() not in (whole, whole[1:]):
+    text = text.replace("\u2581", " ")  # as SentencePiece reads it
+  # The space that SentencePiece puts before a text.
+  lead = len(whole) - len(text.encode())
+  if whole not in (text.encode(), b" " + text.encode()):
+    raise errors.UserError(
+      "this tokenizer changes the text that it encodes, so which tokens are"
+      " the assistant's cannot be told."
+    )
+  ends = list(itertools.accumulate(sizes, initial=-lead))
+  touched = [False] * len(ids)
+  for start, stop in inside:
+    first = len(text[:start].encode()) if start else -lead
+    last = len(text[:stop].encode())
+    for i, (one, two) in enumerate(itertools.pairwise(ends)):
+      touched[i] |= one < last and two > first
+  return touched
 
 
-def _to_json(
-  value: Any,
-  ensure_ascii: bool = False,
-  indent: int | None = None,
-  separators: tuple[str, str] | None = None,
-  sort_keys: bool = False,
-) -> str:
-  text = json.dumps(
-    value,
-    ensure_ascii=ensure_ascii,
-    indent=indent,
-    separators=separators,
-    sort_keys=sort_keys,
-  )
-  if not ensure_ascii:
-    return text
-  # A mask must stay the letter it is, or it could not be taken off.
-  return re.sub(
-    r"\\u(e[0-9a-f]{3}|f[0-8][0-9a-f]{2})",
-    lambda match: chr(int(match[1], 16)),
-    text,
-  )
-
-
-def _raise(message: str):
-  raise jinja2.TemplateError(message)
-
-
-def _now(format: str) -> str:
-  return datetime.datetime.now().strftime(format)
+def _specials(draft) -> list[tuple[str, int]]:
+  return list(draft.tokenizer.special_tokens.items())

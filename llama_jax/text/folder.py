@@ -17,11 +17,17 @@ CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
+LLAMA2C = "tokenizer.bin"
+# Where Meta's repositories on Hugging Face keep Llama 3's: llama.cpp's
+# converter takes a tokenizer.model beside config.json for SentencePiece.
+RANKS = "original/tokenizer.model"
+_META = "params.json"  # only a folder for Meta's own code has it
 
 # Files that would speak for another tokenizer if they stayed after a save.
 _REPLACED = (
   TOKENIZER_JSON,
   SENTENCEPIECE,
+  RANKS,
   "chat_template.jinja",
   "special_tokens_map.json",
   "added_tokens.json",
@@ -53,7 +59,9 @@ def read_settings(folder: pathlib.Path) -> Settings:
   """
   try:
     return _settings(folder)
-  except (AttributeError, KeyError, TypeError) as error:
+  except errors.UserError:
+    raise
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
     raise errors.BadFileError(
       f"{CONFIG} or a file beside it in {folder} is malformed:"
       f" {type(error).__name__}: {error}."
@@ -122,13 +130,17 @@ def write(
 ) -> None:
   """Writes the vocabulary and what goes beside it, each file whole.
 
-  vocabulary: file name -> content.
+  vocabulary: file name -> content. A folder of Meta's gets its tokenizer.model
+    too.
   config: what the family adds to tokenizer_config.json. The ids that end a
     turn go to generation_config.json, the rest of which stays.
   """
   folder = pathlib.Path(folder)
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    model = tokenizer.model_file() if (folder / _META).exists() else None
+    if model is not None:
+      vocabulary = {**vocabulary, SENTENCEPIECE: model}
     generation = _read_json(folder / GENERATION)
     generation.pop("eos_token_id", None)
     generation.update(special_ids(tokenizer))
@@ -141,6 +153,7 @@ def write(
     if tokenizer.chat_template is not None:
       settings["chat_template"] = tokenizer.chat_template
     for name, content in vocabulary.items():
+      (folder / name).parent.mkdir(exist_ok=True)
       files.write(folder / name, content)
     files.write_json(folder / CONFIG, settings)
     files.write_json(folder / GENERATION, generation)
@@ -185,7 +198,7 @@ def _chat_template(folder: pathlib.Path, config: Mapping) -> str | None:
   path = folder / "chat_template.jinja"
   if path.exists():
     with files.opened(path) as file:
-      return file.read().decode()
+      return file.read(files.MAX_JSON_BYTES).decode()
   template = config.get("chat_template")
   if isinstance(template, list):  # several, by name
     by_name = {t.get("name"): t.get("template") for t in template}

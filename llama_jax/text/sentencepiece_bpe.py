@@ -17,14 +17,20 @@ from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
 from llama_jax import errors
 from llama_jax.text import folder as folder_lib
-from llama_jax.text import gguf_fields
+from llama_jax.text import sentencepiece_gguf
 from llama_jax.text import tokenizer as tokenizer_lib
 
 _Piece = model_pb2.ModelProto.SentencePiece
 _SPACE = "\u2581"
+# Ids between two tokens that nothing names.
+_MAX_GAP = 65_536
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # A name for an id that nothing names. It is no piece in use, so no text that
 # spells it becomes that id.
 _GAP = "<unused {}>"
+# Code Llama's infilling tokens, and what ends a turn of its 70B. In its own
+# tokenizer.model they are common pieces, which a user's text would spell.
+_CODE_LLAMA = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>", "<step>")
 
 
 class SentencePieceBpe(tokenizer_lib.Tokenizer):
@@ -39,23 +45,23 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
     self._settings = settings
     proto = model_pb2.ModelProto()
     proto.ParseFromString(content)
+    _check(proto)
     original = len(proto.pieces)
     named = _names(proto, settings.conventions.named)
     _extend(proto, settings)
     ids = {piece.piece: id for id, piece in enumerate(proto.pieces)}
     stops = set(settings.conventions.stop_ids)
-    for text in {*settings.added, *named.values()}:
+    for text in {*settings.added, *named.values(), *_CODE_LLAMA}:
       if text in ids:
         _make_special(proto.pieces[ids[text]])
-    self._plain = {
-      text: id
-      for text, id in settings.plain.items()
-      if id >= original and id not in stops
-    }
-    plain_ids = set(self._plain.values())
-    self._plain_pattern = (
-      re.compile(tokenizer_lib.any_of(self._plain)) if self._plain else None
+    self._plain = tokenizer_lib.PlainTokens(
+      {
+        text: id
+        for text, id in settings.plain.items()
+        if id >= original and id not in stops
+      }
     )
+    plain_ids = set(self._plain.ids.values())
     flags = settings.added
     specials = [
       tokenizer_lib.Special(
@@ -96,7 +102,7 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
       {
         str(id): _entry(piece.piece.replace(_SPACE, " "), False, None)
         for id, piece in enumerate(self._proto.pieces)
-        if piece.type == _Piece.USER_DEFINED or piece.piece in self._plain
+        if piece.type == _Piece.USER_DEFINED or piece.piece in self._plain.ids
       }
     )
     config = {**self._config, "added_tokens_decoder": decoder}
@@ -115,6 +121,12 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
       config.setdefault("tokenizer_class", "LlamaTokenizer")
       config["legacy"] = True
     folder_lib.write(folder, self, vocabulary, config)
+
+  def gguf_metadata(self) -> dict[str, Any]:
+    return sentencepiece_gguf.write(self._proto, self._plain.ids, self)
+
+  def model_file(self) -> bytes:
+    return self._content
 
   def _as_json(self, added: Mapping[str, Any]) -> bytes:
     """The same vocabulary in the words of the `tokenizers` library."""
@@ -179,19 +191,12 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
 
   def _encode_plain(self, texts: Sequence[str], first: bool) -> list[list[int]]:
     del first  # as in Meta's code, text after a special token starts anew
-    if self._plain_pattern is not None:
-      return [self._encode_around_plain(text) for text in texts]
+    return self._plain.encode_around(texts, self._encode_apart)
+
+  def _encode_apart(self, texts: Sequence[str]) -> list[list[int]]:
     if len(texts) == 1:  # spares the threads
       return [self._library.encode(texts[0])]
     return self._library.encode(list(texts))
-
-  def _encode_around_plain(self, text: str) -> list[int]:
-    ids, start = [], 0
-    for match in self._plain_pattern.finditer(text):
-      ids += self._library.encode(text[start : match.start()])
-      ids.append(self._plain[match.group()])
-      start = match.end()
-    return ids + self._library.encode(text[start:])
 
   def _pieces(self) -> tuple[list[bytes], frozenset[int]]:
     pieces, spaced = [], set()
@@ -200,10 +205,10 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
     for id, piece in enumerate(self._proto.pieces):
       data = b""
       if piece.type == _Piece.BYTE:
-        data = bytes([int(piece.piece[1:-1], 16)])
+        data = bytes([int(piece.piece[3:5], 16)])
       elif piece.type == _Piece.UNKNOWN:
         data = self._proto.trainer_spec.unk_surface.encode()
-      elif piece.piece in self._plain:
+      elif piece.piece in self._plain.ids:
         data = piece.piece.encode()
       elif piece.type != _Piece.CONTROL:
         data = piece.piece.replace(_SPACE, " ").encode()
@@ -232,7 +237,9 @@ def from_model(
     ) from error
 
 
-def from_gguf_metadata(fields: Mapping[str, Any], name: str):
+def from_gguf_metadata(
+  fields: Mapping[str, Any], name: str
+) -> SentencePieceBpe:
   """The SentencePiece model in the metadata of a GGUF file.
 
   fields: key -> plain value; `name` of the file is for messages.
@@ -240,49 +247,20 @@ def from_gguf_metadata(fields: Mapping[str, Any], name: str):
   Raises:
     BadFileError: a field is missing or contradicts another.
   """
-  tokens = fields.get("tokenizer.ggml.tokens")
-  scores = fields.get("tokenizer.ggml.scores")
-  kinds = fields.get("tokenizer.ggml.token_type")
-  if not tokens or not scores or not kinds:
-    raise errors.BadFileError(
-      f"{name}: tokenizer.ggml.tokens, .scores and .token_type are needed."
-    )
-  if not len(tokens) == len(scores) == len(kinds):
-    raise errors.BadFileError(
-      f"{name}: {len(tokens)} tokens, {len(scores)} scores and"
-      f" {len(kinds)} token types; they must be as many."
-    )
-  settings = gguf_fields.read_settings(fields, name, add_bos=True)
-  named = settings.conventions.named
-  proto = model_pb2.ModelProto()
-  for token, score, kind in zip(tokens, scores, kinds, strict=True):
-    # GGUF numbers the kinds as SentencePiece does; 0 is "undefined".
-    proto.pieces.add(piece=token, score=score, type=kind or _Piece.NORMAL)
-  ids = {token: id for id, token in enumerate(tokens)}
-  unk = named.get("unk_token", "<unk>")
-  if _Piece.UNKNOWN not in kinds and unk in ids:
-    proto.pieces[ids[unk]].type = _Piece.UNKNOWN
-  trainer = proto.trainer_spec
-  trainer.model_type = model_pb2.TrainerSpec.BPE
-  trainer.vocab_size = len(tokens)
-  trainer.byte_fallback = _Piece.BYTE in kinds
-  for role, default in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", -1)):
-    text = named.get(f"{role}_token")
-    setattr(trainer, f"{role}_id", ids.get(text, default))
-    if text:
-      setattr(trainer, f"{role}_piece", text)
-  normalizer = proto.normalizer_spec
-  normalizer.name = "identity"
-  normalizer.add_dummy_prefix = bool(
-    fields.get("tokenizer.ggml.add_space_prefix", True)
-  )
-  normalizer.remove_extra_whitespaces = bool(
-    fields.get("tokenizer.ggml.remove_extra_whitespaces", False)
-  )
-  charsmap = fields.get("tokenizer.ggml.precompiled_charsmap")
-  if charsmap:
-    normalizer.precompiled_charsmap = bytes(b % 256 for b in charsmap)
-  return from_model(proto.SerializeToString(), name, settings)
+  content, settings = sentencepiece_gguf.read(fields, name)
+  return from_model(content, name, settings)
+
+
+def _check(proto) -> None:
+  """Refuses what the library would let through."""
+  strings = [piece.piece for piece in proto.pieces]
+  strings.append(proto.trainer_spec.unk_surface)
+  # protobuf leaves a string that is not UTF-8 as bytes.
+  if not all(isinstance(text, str) for text in strings):
+    raise ValueError("a piece is not UTF-8")
+  for piece in proto.pieces:
+    if piece.type == _Piece.BYTE and not _BYTE.fullmatch(piece.piece):
+      raise ValueError(f"the byte piece {piece.piece!r} names no byte")
 
 
 def _names(proto, named: Mapping[str, str]) -> dict[str, str]:
@@ -310,6 +288,12 @@ def _extend(proto, settings: folder_lib.Settings) -> None:
           " files belong to different tokenizers."
         )
       continue
+    if id - len(proto.pieces) > _MAX_GAP:
+      raise errors.BadFileError(
+        f"the folder adds {text!r} as id {id}, more than {_MAX_GAP} beyond the"
+        f" {len(proto.pieces)} before it; its files belong to different"
+        " tokenizers."
+      )
     for gap in range(len(proto.pieces), id):
       proto.pieces.add(piece=_GAP.format(gap), type=_Piece.UNUSED)
     proto.pieces.add(piece=text, type=_Piece.CONTROL)

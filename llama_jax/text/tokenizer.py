@@ -1,9 +1,9 @@
-"""What every tokenizer offers, and all that the two families share.
+"""What every tokenizer offers, and all that the families share.
 
-A family (`byte_bpe`, `sentencepiece_bpe`) supplies three things: how plain
-text becomes ids, which bytes each id stands for, and how to write its own
-file. Everything else lives here: special tokens, begin and end of text, the
-joining of bytes into text, and refusals.
+A family (`byte_bpe`, `sentencepiece_bpe`, `tiktoken_bpe`) supplies three
+things: how plain text becomes ids, which bytes each id stands for, and how to
+write its own files. Everything else lives here: special tokens, begin and end
+of text, the joining of bytes into text, and refusals.
 """
 
 import abc
@@ -11,14 +11,14 @@ import codecs
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llama_jax import errors
 
 # Special tokens that end a turn or a document in the LLaMA family and its
 # kin, whichever of them the files call "eos".
-_END_NAMES = (
+END_NAMES = (
   "</s>",
   "<|end_of_text|>",
   "<|eot_id|>",
@@ -32,6 +32,10 @@ _END_NAMES = (
 )
 
 _SPACE = re.compile(r"\s*")
+
+# No vocabulary known to us has a tenth of it. A file that claims an id beyond
+# is damaged, and would make us allocate that many rows.
+_MAX_VOCAB = 1 << 21
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -97,9 +101,16 @@ class Tokenizer(abc.ABC):
     conventions: Conventions,
     byte_errors: str,
   ):
+    if vocab_size > _MAX_VOCAB:
+      raise errors.BadFileError(
+        f"its highest token id is {vocab_size - 1}; at most {_MAX_VOCAB - 1} is"
+        " allowed."
+      )
     self._specials = {
       s.text: s for s in sorted(specials, key=lambda s: s.id) if s.text
     }
+    for text in (*self._specials, conventions.chat_template or ""):
+      check_text(text)
     self.vocab_size = vocab_size
     self.special_tokens = {s.text: s.id for s in self._specials.values()}
     self.named_tokens = dict(conventions.named)
@@ -111,7 +122,7 @@ class Tokenizer(abc.ABC):
     ends = {i for i in conventions.stop_ids if 0 <= i < vocab_size}
     ends |= {
       self.special_tokens[name]
-      for name in _END_NAMES
+      for name in END_NAMES
       if name in self.special_tokens
     }
     first = () if self.eos_id is None else (self.eos_id,)
@@ -135,6 +146,22 @@ class Tokenizer(abc.ABC):
   @abc.abstractmethod
   def save(self, folder) -> None:
     """Writes files that `load_tokenizer` and transformers read alike."""
+
+  @abc.abstractmethod
+  def gguf_metadata(self) -> dict[str, Any]:
+    """tokenizer.ggml.* and tokenizer.chat_template, as plain values.
+
+    `from_gguf_metadata` makes the same tokenizer of them (but for `lstrip` and
+    `rstrip` of special tokens, which GGUF cannot say), and llama.cpp runs it.
+
+    Raises:
+      UserError: llama.cpp has no such tokenizer.
+    """
+
+  def model_file(self) -> bytes | None:
+    """The tokenizer.model that Meta's own code reads: a SentencePiece model or
+    Llama 3's ranks. None if the vocabulary is neither."""
+    return None
 
   # What callers use.
 
@@ -160,9 +187,10 @@ class Tokenizer(abc.ABC):
       check_text(text)
     before = [self._required("bos")] if bos else []
     after = [self._required("eos")] if eos else []
-    return [
-      [*before, *ids, *after] for ids in self._encode_plain(texts, first=True)
-    ]
+    encoded = self._encode_plain(texts, first=True)
+    if not before and not after:
+      return encoded
+    return [[*before, *ids, *after] for ids in encoded]
 
   def encode_with_special(self, text: str) -> list[int]:
     """Ids of trusted text, in which special tokens stand for themselves."""
@@ -247,6 +275,37 @@ class Tokenizer(abc.ABC):
   @functools.cached_property
   def _special_pattern(self) -> re.Pattern | None:
     return re.compile(any_of(self._specials)) if self._specials else None
+
+
+class PlainTokens:
+  """Tokens that a folder adds and any text may spell.
+
+  As in transformers they are cut out before a text reaches the vocabulary, so
+  what stands on either side is encoded by itself.
+  """
+
+  def __init__(self, ids: Mapping[str, int]):
+    self.ids = dict(ids)
+    self._pattern = re.compile(f"({any_of(self.ids)})") if self.ids else None
+
+  def encode_around(
+    self,
+    texts: Sequence[str],
+    encode: Callable[[Sequence[str]], list[list[int]]],
+  ) -> list[list[int]]:
+    """Ids of texts; `encode` gets all that stands between in one call."""
+    if self._pattern is None:
+      return encode(texts)
+    cut = [self._pattern.split(text) for text in texts]
+    between = iter(encode([part for parts in cut for part in parts[::2]]))
+    joined = []
+    for parts in cut:
+      ids = list(next(between))
+      for token in parts[1::2]:
+        ids.append(self.ids[token])
+        ids += next(between)
+      joined.append(ids)
+    return joined
 
 
 def any_of(texts: Iterable[str]) -> str:

@@ -739,3 +739,33 @@ def test_the_tokenizer_travels(tmp_path):
   tokenizer.save(tmp_path / "small")
   with pytest.raises(errors.BadFileError, match="8 ids"):
     meta.read(tmp_path / "small")
+
+
+def test_a_chat_models_folder_gets_its_familys_template(tmp_path, monkeypatch):
+  """Meta's folders hold none: the folder's name, or --model, says chat."""
+  from llama_jax.model import sizes
+  from llama_jax.text import folder as text_folder
+  from llama_jax.text import sentencepiece_bpe, templates, train_sentencepiece
+
+  lines = [f"a line of text, number {n}, and another word" for n in range(200)]
+  content = train_sentencepiece.train(iter(lines), 300)
+  tokenizer = sentencepiece_bpe.from_model(
+    content, "t", text_folder.read_settings(tmp_path)
+  )
+  config = dataclasses.replace(
+    sizes.get("nano"), head_dim=16, vocab_size=tokenizer.vocab_size
+  )
+  monkeypatch.setitem(sizes.SIZES, "llama2-tiny", config)
+  params = {
+    row.path: np.zeros(names.our_shape(config, row), np.float32)
+    for row in names.rows(config)
+  }
+  for name in ("tiny-chat", "tiny"):
+    meta.write(tmp_path / name, config, names.nest(params), None)
+    (tmp_path / name / "tokenizer.model").write_bytes(content)
+  assert meta.read_tokenizer(tmp_path / "tiny").chat_template is None
+  for found in (
+    meta.read_tokenizer(tmp_path / "tiny-chat"),
+    meta.read_tokenizer(tmp_path / "tiny", "llama2-tiny-chat"),
+  ):
+    assert found.chat_template == templates.TEMPLATES["llama2"]

@@ -66,7 +66,7 @@ def main(file):
   file = pathlib.Path(file).resolve()
   tokenizer = text_lib.load_tokenizer(file)
   text_ids = tokenizer.encode(TEXT)
-  chat_ids = chat.render(tokenizer, MESSAGES)
+  chat_ids = chat.render(tokenizer, MESSAGES).ids
   model = transformers.AutoModelForCausalLM.from_pretrained(
     str(file.parent), gguf_file=file.name, dtype=torch.float32
   ).eval()

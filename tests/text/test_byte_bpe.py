@@ -360,3 +360,112 @@ def test_gguf_header_cut_anywhere_is_refused(tmp_path):
     path.write_bytes(whole[:size])
     with pytest.raises(errors.BadFileError):
       gguf_header.read(path)
+
+
+def test_gguf_metadata_of_smollm2_is_the_files_own(smol, smollm2):
+  own = gguf_header.read(smollm2).metadata
+  made = smol.gguf_metadata()
+  for key in own:
+    if key.startswith("tokenizer."):
+      assert made[key] == own[key], key
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "smaug-bpe"])
+def test_gguf_metadata_is_the_same_tokenizer(pre, assert_same):
+  fields = _fields(
+    _trained(),
+    **{
+      "tokenizer.ggml.pre": pre,
+      "tokenizer.ggml.eot_token_id": 7,
+      "tokenizer.ggml.add_bos_token": pre == "gpt-2",
+      "tokenizer.chat_template": "{{ messages }}\n",
+    },
+  )
+  tok = text_lib.from_gguf_metadata(fields)
+  made = tok.gguf_metadata()
+  assert_same(tok, text_lib.from_gguf_metadata(made), _TEXTS)
+  assert {key: made[key] for key in fields} == fields
+
+
+def test_gguf_metadata_of_added_tokens_holes_and_many_stops(
+  tmp_path, assert_same
+):
+  library = _trained(("<s>", "</s>", "<a>", "<b>", "<c>"))
+  library.add_tokens(["<tool>"])
+  spec = json.loads(library.to_str())
+  # Two ids that nothing has.
+  spec["added_tokens"][-1]["id"] += 2
+  (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+  (tmp_path / "generation_config.json").write_text(
+    '{"eos_token_id": [1, 2, 3, 4]}'
+  )
+  tok = text_lib.load_tokenizer(tmp_path)
+  fields = tok.gguf_metadata()
+  assert len(fields["tokenizer.ggml.tokens"]) == tok.vocab_size == 503
+  assert fields["tokenizer.ggml.token_type"][500:] == [5, 5, 4]
+  again = text_lib.from_gguf_metadata(fields)
+  assert again.stop_ids == (1, 2, 3, 4)
+  assert_same(tok, again, [*_TEXTS, "a<tool>b [PAD500]"])
+  # As a writer pads the tokens to the rows of the embedding.
+  fields["tokenizer.ggml.tokens"] += ["[PAD503]", "[PAD504]"]
+  fields["tokenizer.ggml.token_type"] += [5, 5]
+  assert_same(tok, text_lib.from_gguf_metadata(fields), ["[PAD503]"])
+
+
+def test_gguf_metadata_refuses_what_llama_cpp_cannot_do(tmp_path):
+  library = _trained()
+  model = json.loads(library.to_str())["model"]
+  for change, match in (
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ({"normalizer": {"type": "NFC"}}, "normalizer"),
+    ({"pre_tokenizer": None}, "None"),
+    ({"model": {**model, "byte_fallback": True}}, r"tokenizer\.model"),
+  ):
+    spec = {**json.loads(library.to_str()), **change}
+    tok = byte_bpe.from_spec(
+      json.dumps(spec).encode(), "tokenizer.json", pathlib.Path("/nowhere")
+    )
+    with pytest.raises(errors.UserError, match=match):
+      tok.gguf_metadata()
+    assert tok.model_file() is None
+
+
+def test_ten_thousand_messages_never_yield_a_special_id(smol):
+  names = list(smol.special_tokens)
+  pick = random.Random(0)
+  bits = (*names, "<|", "|>", "im_end", " ", "\n", "user", "a", "<", "\0")
+  messages = [
+    "".join(pick.choice(bits) for _ in range(pick.randrange(1, 8)))
+    for _ in range(10_000)
+  ]
+  ids = smol.encode_batch(messages)
+  assert {i for found in ids for i in found}.isdisjoint(
+    smol.special_tokens.values()
+  )
+  assert [smol.decode(found) for found in ids] == messages
+
+
+@pytest.mark.parametrize("unit", ["x", " ", "é", "👩‍👩‍👧‍👦", "\r\n", "!a1"])
+def test_100_kb_without_a_break_equals_the_library(smol, tmp_path, unit):
+  smol.save(tmp_path)
+  library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  text = unit * (100_000 // len(unit.encode()))
+  ids = smol.encode(text)
+  assert ids == library.encode(text, add_special_tokens=False).ids
+  assert smol.decode(ids) == text
+
+
+def test_what_the_library_cannot_encode_is_our_error():
+  # A word that the vocabulary lacks, and no token for the unknown.
+  spec = {
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "Whitespace"},
+    "decoder": {"type": "Fuse"},
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"},
+  }
+  tok = byte_bpe.from_spec(
+    json.dumps(spec).encode(), "tokenizer.json", pathlib.Path("/nowhere")
+  )
+  assert tok.encode("a a") == [0, 0]
+  with pytest.raises(errors.UserError, match="fails at a text"):
+    tok.encode("b")

@@ -133,6 +133,110 @@ def test_gguf_rebuild_equals_the_model(tmp_path, model, assert_same):
   )
 
 
+def test_gguf_metadata_is_the_same_tokenizer(tmp_path, model, assert_same):
+  tok = _load(tmp_path, model)
+  tok.chat_template = "{{ messages }}"
+  made = tok.gguf_metadata()
+  again = text_lib.from_gguf_metadata(made)
+  assert_same(tok, again, _TEXTS)
+  assert again.gguf_metadata() == made
+  fields = _fields(model)
+  assert {key: made[key] for key in fields} == fields
+  # As a writer pads the tokens to the rows of the embedding.
+  made["tokenizer.ggml.tokens"].append(f"[PAD{tok.vocab_size}]")
+  made["tokenizer.ggml.scores"].append(-1e4)
+  made["tokenizer.ggml.token_type"].append(5)
+  assert text_lib.from_gguf_metadata(made).vocab_size == tok.vocab_size
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always", "never"])
+def test_gguf_metadata_of_a_document_is_the_same_tokenizer(
+  tmp_path, model, assert_same, scheme
+):
+  config = {"added_tokens_decoder": {"32000": {"content": "<tool>"}}}
+  _load(tmp_path, model, config).save(tmp_path / "saved")
+  path = tmp_path / "saved/tokenizer.json"
+  (tmp_path / "saved/tokenizer.model").unlink()
+  if scheme != "prepend":
+    # As transformers writes it.
+    spec = json.loads(path.read_text())
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {
+      "type": "Metaspace",
+      "replacement": "\u2581",
+      "prepend_scheme": scheme,
+      "split": False,
+    }
+    if scheme == "never":
+      spec["decoder"]["decoders"].pop()
+    path.write_text(json.dumps(spec))
+  tok = text_lib.load_tokenizer(tmp_path / "saved")
+  assert isinstance(tok, byte_bpe.ByteBpe)
+  fields = tok.gguf_metadata()
+  again = text_lib.from_gguf_metadata(fields)
+  same = ("prepend", "never")  # the others put no second space before one
+  texts = [t for t in _TEXTS if scheme in same or not t.startswith(" ")]
+  assert_same(tok, again, [*texts, "a<tool>"])
+  assert [again.decode(i) for i in again.encode_batch(_TEXTS)] == _TEXTS
+
+
+def test_added_tokens_of_a_gguf_that_are_pieces_stay_pieces(small, assert_same):
+  fields = _fields(small)
+  said = {"tokenizer.ggml.added_tokens": [fields["tokenizer.ggml.tokens"][300]]}
+  assert_same(
+    text_lib.from_gguf_metadata(fields),
+    text_lib.from_gguf_metadata({**fields, **said}),
+    _TEXTS,
+  )
+
+
+def test_gguf_metadata_refuses_unigram(tmp_path):
+  tok = _load(tmp_path, _train(model_type="unigram", vocab_size=400))
+  with pytest.raises(errors.UserError, match="not BPE"):
+    tok.gguf_metadata()
+
+
+def test_model_file_is_the_model(tmp_path, model):
+  assert _load(tmp_path, model).model_file() == model
+
+
+def test_ten_thousand_messages_never_yield_a_special_id(tmp_path, model):
+  entries = [
+    {"content": f"<|{name}|>", "special": True} for name in ("im_end", "x")
+  ]
+  size = len(model_pb2.ModelProto.FromString(model).pieces)
+  tok = _load(
+    tmp_path,
+    model,
+    {"added_tokens_decoder": {str(size + n): e for n, e in enumerate(entries)}},
+  )
+  assert len(tok.special_tokens) == 5
+  pick = random.Random(0)
+  bits = (*tok.special_tokens, "<|", "|>", "<", "s>", " ", "\u2581", "\n", "\0")
+  messages = [
+    "".join(pick.choice(bits) for _ in range(pick.randrange(1, 8)))
+    for _ in range(10_000)
+  ]
+  ids = tok.encode_batch(messages)
+  assert {i for found in ids for i in found}.isdisjoint(
+    tok.special_tokens.values()
+  )
+  # The mark of a space is the one character that the scheme does not keep.
+  assert [tok.decode(found) for found in ids] == [
+    message.replace("\u2581", " ") for message in messages
+  ]
+
+
+@pytest.mark.parametrize("unit", ["x", " ", "é", "👩‍👩‍👧‍👦", "\r\n", "!a1"])
+def test_100_kb_without_a_break_equals_the_library(tmp_path, model, unit):
+  tok = _load(tmp_path, model)
+  library = sentencepiece.SentencePieceProcessor(model_proto=model)
+  text = unit * (100_000 // len(unit.encode()))
+  ids = tok.encode(text)
+  assert ids == library.encode(text)
+  assert tok.decode(ids) == text
+
+
 def test_gguf_without_space_prefix(small):
   tok = text_lib.from_gguf_metadata(
     _fields(small, **{"tokenizer.ggml.add_space_prefix": False})
@@ -185,6 +289,13 @@ def test_tokens_added_by_the_folder(tmp_path, small, assert_same):
   twin = text_lib.load_tokenizer(tmp_path / "saved/tokenizer.json")
   assert twin.encode("a<tool>b") == tok.encode("a<tool>b")
   assert twin.stop_ids == tok.stop_ids
+  again = text_lib.from_gguf_metadata(tok.gguf_metadata())
+  assert_same(tok, again, [*_TEXTS, "a<tool>b", "<tool> <tool><|im_end|>"])
+  assert tok.encode_batch(["a<tool>b", "", "<tool>"]) == [
+    tok.encode("a<tool>b"),
+    [],
+    [601],
+  ]
 
 
 def test_a_user_defined_piece_named_special_is_not_spelled(tmp_path):

@@ -1,12 +1,13 @@
 """Streamed text equals decoded text, whatever the ids and the cuts."""
 
 import random
-import time
 
 import pytest
+import tokenizers
 
+from llama_jax import errors
 from llama_jax import text as text_lib
-from llama_jax.text import byte_bpe, stream
+from llama_jax.text import stream
 
 _TEXT = " Hé  👩‍👩‍👧‍👦 你好\n السلام 🇫🇷\t1234"
 
@@ -14,7 +15,7 @@ _TEXT = " Hé  👩‍👩‍👧‍👦 你好\n السلام 🇫🇷\t1234"
 def _bytes_first(model):
   """GGUF metadata of a vocabulary of single bytes, of either family."""
   if model == "gpt2":
-    letters = sorted(byte_bpe._LETTERS, key=byte_bpe._LETTERS.get)
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<s>", "</s>", *letters, "Ġw"]
     kinds = [3, 3] + [1] * 257
     return {
@@ -81,15 +82,68 @@ def test_continued_text_keeps_its_space(tok):
   assert detokenizer.push_many(new) + detokenizer.flush() == " w"
 
 
-def test_time_is_linear(tok):
-  def seconds(count):
-    detokenizer = stream.Detokenizer(tok)
-    start = time.perf_counter()
-    for i in [5] * count:
-      detokenizer.push(i)
-    return time.perf_counter() - start
+def _cut(text, stops):
+  """By definition: the first stop string to be complete, the longest of those
+  that are so together."""
+  for end in range(len(text) + 1):
+    found = [stop for stop in stops if text[:end].endswith(stop)]
+    if found:
+      longest = max(found, key=len)
+      return text[: end - len(longest)], longest
+  return text, None
 
-  seconds(1000)
-  few, many = (min(seconds(n) for _ in range(3)) for n in (2000, 20000))
-  # Ten times the ids; a quadratic way would take a hundred times as long.
-  assert many < 40 * few
+
+def test_stop_strings_cut_wherever_tokens_lie(tok):
+  pick = random.Random(0)
+  met = 0
+  for _ in range(3000):
+    letters = pick.choice(["ab", "ab \n", "aé\ufffd👩🇫"])
+    text = "".join(pick.choices(letters, k=pick.randrange(12)))
+    stops = [
+      "".join(pick.choices(letters, k=pick.randrange(1, 5)))
+      for _ in range(pick.randrange(4))
+    ]
+    ids = tok.encode(text)
+    if pick.random() < 0.3:
+      ids.insert(pick.randrange(len(ids) + 1), pick.randrange(tok.vocab_size))
+    detokenizer = stream.Detokenizer(tok, stop_strings=stops)
+    want, stop = _cut(tok.decode(ids), stops)
+    # In groups of any size, and twice: a flushed one is as new.
+    for _ in range(2):
+      parts, at = [], 0
+      while at < len(ids):
+        size = pick.randrange(1, 4)
+        parts.append(detokenizer.push_many(ids[at : at + size]))
+        at += size
+        assert want.startswith("".join(parts))
+      seen = detokenizer.stopped
+      parts.append(detokenizer.flush())
+      assert "".join(parts) == want
+      # Only the flush may complete one, with an unfinished letter's U+FFFD.
+      assert seen == stop or (seen is None and "\ufffd" in stop)
+      assert detokenizer.stopped is None
+    met += stop is not None
+  assert 500 < met < 2500
+
+
+def test_no_more_is_held_back_than_a_stop_string_asks(tok):
+  def ids(letters):
+    return [tok.encode(letter)[-1] for letter in letters]
+
+  detokenizer = stream.Detokenizer(tok, stop_strings=["</end>", "<x"])
+  shown = [detokenizer.push_many(ids(c)) for c in "a</b</en"]
+  assert shown == ["a", "", "", "</b", "", "", "", ""]
+  assert detokenizer.push_many(ids("d")) == ""
+  assert detokenizer.stopped is None
+  assert detokenizer.push_many(ids(">more")) == ""
+  assert detokenizer.stopped == "</end>"
+  assert detokenizer.push_many(ids("more")) == ""
+  assert detokenizer.flush() == ""
+  detokenizer.push_many(ids("a</en"))
+  assert detokenizer.flush() == "</en"
+
+
+@pytest.mark.parametrize("stops", ["\n", [""], ["a", ""], [1], [None]])
+def test_stop_strings_that_cannot_stop_are_refused(tok, stops):
+  with pytest.raises(errors.UserError, match="stop="):
+    stream.Detokenizer(tok, stop_strings=stops)
