@@ -80,19 +80,21 @@ def account(
   entries = []
   for here, there in places:
     tensor, kept = source.tensors[here.name], back.tensors[here.name]
-    digests, rounded, same = (hashlib.sha256(), hashlib.sha256()), True, True
+    digest, found_digest, rounded = hashlib.sha256(), None, True
     for name, start, stop in source.spans([here.name], block_bytes):
-      original, found = (
-        source.rows(name, start, stop),
-        back.rows(name, start, stop),
-      )
-      same = same and _equal(original, found)
-      rounded = rounded and _equal(_rounded(original, kept.stored), found)
-      for digest, value in zip(digests, (original, found), strict=True):
+      value = source.rows(name, start, stop)
+      found = back.rows(name, start, stop)
+      if not _equal(value, found):
+        # Up to here both had the same bytes.
+        found_digest = found_digest or digest.copy()
+        rounded = rounded and _equal(_rounded(value, kept.stored), found)
+      if found_digest is not None:
         with np.errstate(over="ignore"):
-          value = value.astype(tensor.dtype, copy=False)
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-      tick(original.nbytes)
+          found_digest.update(_bytes(found.astype(tensor.dtype, copy=False)))
+      digest.update(_bytes(value))
+      tick(value.nbytes)
+    same = found_digest is None
+    found_digest = found_digest or digest
     entries.append(
       Entry(
         name=here.name,
@@ -100,14 +102,14 @@ def account(
         shape=tensor.shape,
         stored=tensor.stored,
         kept=written.tensors[there.name].stored,
-        sha256=digests[0].hexdigest()[:_DIGITS],
+        sha256=digest.hexdigest()[:_DIGITS],
         verdict="same" if same else "rounded" if rounded else "DIFFERS",
-        back=digests[1].hexdigest()[:_DIGITS],
+        back=found_digest.hexdigest()[:_DIGITS],
       )
     )
   for name, why in weights.ignored(source, config).items():
     tensor = source.tensors[name]
-    digest = hashlib.sha256(source.get(name).reshape(-1).view(np.uint8))
+    digest = hashlib.sha256(_bytes(source.get(name)))
     entries.append(
       Entry(
         name=name,
@@ -148,6 +150,10 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     np.ascontiguousarray(a, wide).view(bits),
     np.ascontiguousarray(b, wide).view(bits),
   )
+
+
+def _bytes(value: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
 def _rounded(value: np.ndarray, stored: str) -> np.ndarray:

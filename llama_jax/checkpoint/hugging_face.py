@@ -34,6 +34,8 @@ from llama_jax.text import folder as text_folder
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+# Ten times the header of a shard with every tensor of 405B.
+_MAX_HEADER_BYTES = 2 << 20
 
 _Rows = Callable[[str, int, int], np.ndarray]
 
@@ -256,16 +258,16 @@ def _open_safetensors(
   size = path.stat().st_size
   with files.opened(path) as raw:
     length = int.from_bytes(raw.read(8), "little")
-    if length > min(size, files.MAX_JSON_BYTES):
+    if length > min(size, _MAX_HEADER_BYTES):
       raise errors.BadFileError(
         f"{path} ({size} bytes) is damaged or cut off: its header alone is to"
-        f" have {length} bytes."
+        f" have {length} bytes, of {_MAX_HEADER_BYTES} at the most."
       )
     header = raw.read(length)
   # The library checks that the tensors cover the file without holes or
   # overlaps. It would map the file to read it, which counts as memory in use.
   with _damage(path), safetensors.safe_open(path, framework="np"):
-    offsets = json.loads(header)
+    offsets = files.parse_json(header, str(path), files.no_doubles)
   tensors, starts = {}, {}
   for key, entry in offsets.items():
     if key == "__metadata__":
@@ -316,13 +318,13 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
 def _expected_size(path: pathlib.Path, size: int) -> str:
   """The size that a cut-off file's own header asks for, if it has one."""
   with contextlib.suppress(
-    OSError, ValueError, TypeError, KeyError, IndexError
+    *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
   ):
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      if length > min(size, files.MAX_JSON_BYTES):
-        return f" Its header alone needs {8 + length} bytes."
-      header = json.loads(file.read(length))
+      if length > min(size, _MAX_HEADER_BYTES):
+        return ""
+      header = files.parse_json(file.read(length), str(path))
     header.pop("__metadata__", None)
     end = max(int(entry["data_offsets"][1]) for entry in header.values())
     return f" Its header asks for {8 + length + end} bytes."
