@@ -12,6 +12,8 @@ cd "$root"
 "$python" -m ruff check
 SECONDS=0
 status=0
-"$python" -m pytest "$@" || status=$?
+# A process for each core, four at the most: each has eight simulated devices.
+workers=$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')
+"$python" -m pytest --numprocesses="$workers" --dist=loadfile "$@" || status=$?
 echo "test suite: $SECONDS s"
 exit "$status"
