@@ -111,7 +111,9 @@ def open_tensors(
   config = meta_config.resolve(said, vocab_size, width, model)
   if model is None and said.tied_embeddings is None:
     tied = _HEAD not in source.tensors
-    tied = tied or (config.tied_embeddings and _same_head(source))
+    tied = tied or (
+      config.tied_embeddings and weights.same(source, _HEAD, _EMBED)
+    )
     config = dataclasses.replace(config, tied_embeddings=tied)
   weights.check(config, source)
   return config, source
@@ -225,19 +227,6 @@ def _num_bytes(
   if name == _HEAD and config.tied_embeddings:
     return 0
   return source.tensors[name].num_bytes
-
-
-def _same_head(source: weights.Source) -> bool:
-  """Whether the head holds the embedding, read until they differ."""
-  head, embed = source.tensors[_HEAD], source.tensors[_EMBED]
-  if (head.shape, head.dtype) != (embed.shape, embed.dtype):
-    return False
-  spans = source.spans([_EMBED], weights.BLOCK_BYTES)
-  return all(
-    source.rows(_EMBED, start, stop).tobytes()
-    == source.rows(_HEAD, start, stop).tobytes()
-    for _, start, stop in spans
-  )
 
 
 def _part(rank: int) -> str:

@@ -366,14 +366,22 @@ def check(config: config_lib.LlamaConfig, source: Source) -> None:
   _refuse_strangers(config, source, known, biases_only=False)
 
 
+def same(source: Source, name: str, other: str) -> bool:
+  """Whether two tensors hold the same bits; read until they differ."""
+  one, two = source.tensors[name], source.tensors[other]
+  return (one.shape, one.dtype) == (two.shape, two.dtype) and all(
+    source.rows(*span).tobytes() == source.rows(other, *span[1:]).tobytes()
+    for span in source.spans([name], BLOCK_BYTES)
+  )
+
+
 def check_tied(config: config_lib.LlamaConfig, source: Source) -> None:
   """Raises BadFileError if a tied model's file holds another head."""
   embed = names.name_of(names.EMBED_PATH, source.scheme)
   head = names.name_of(names.HEAD_PATH, source.scheme)
   if not config.tied_embeddings or head not in source.tensors:
     return
-  same = source.tensors[head].shape == source.tensors[embed].shape
-  if not same or not np.array_equal(source.get(head), source.get(embed)):
+  if not same(source, head, embed):
     raise errors.BadFileError(
       f"{source.file}: the embeddings are declared tied, but {head} differs"
       f" from {embed}; declare them untied (tie_word_embeddings=false)."
