@@ -318,7 +318,8 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
 def _expected_size(path: pathlib.Path, size: int) -> str:
   """The size that a cut-off file's own header asks for, if it has one."""
   with contextlib.suppress(
-    *(OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+    *(OSError, ArithmeticError, ValueError, TypeError, LookupError),
+    AttributeError,
   ):
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")

@@ -137,6 +137,9 @@ HAND_MADE = {
   "product of dims overflows": packed({NAME: entry([2**32, 2**32], 0, 0)}),
   "dims of 2^63": packed({NAME: entry([2**63], 0, 4)}, b"1234"),
   "negative dims": packed({NAME: entry([-4, -4], 0, 64)}, bytes(64)),
+  "offset beyond all numbers": packed(
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e400]}}'
+  ),
   "begin after end": packed({NAME: entry([1], 4, 0)}, b"1234"),
   "end beyond the file": packed({NAME: entry([512, 64], 0, 512 * 64 * 4)}),
   "hole": packed({"a": entry([1], 0, 4), NAME: entry([1], 8, 12)}, bytes(12)),
