@@ -12,13 +12,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from llama_jax import errors
-from llama_jax.checkpoint import atomic
+from llama_jax.checkpoint import atomic, weights
 
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
@@ -49,6 +49,36 @@ class Building:
       self._journal.write(json.dumps(unit) + "\n")
       self._journal.flush()
     self._tick(unit, num_bytes)
+
+  def fill(
+    self,
+    source: weights.Source,
+    wanted: Iterable[str],
+    block_bytes: int,
+    put: Callable[[str, int, np.ndarray], None],
+    num_bytes: Callable[[str], int] | None = None,
+  ) -> None:
+    """Writes tensors block by block, each a unit; those done are not read.
+
+    Args:
+      source: what to write.
+      wanted: names of its tensors, in order.
+      block_bytes: most bytes of one block; a longer row is a block.
+      put: (name, first row, rows) -> None: writes a block.
+      num_bytes: what finish is told of a tensor; its own by default.
+    """
+    num_bytes = num_bytes or (lambda name: source.tensors[name].num_bytes)
+    left = []
+    for name in wanted:
+      if name in self.done:
+        self.finish(name, num_bytes(name))
+      else:
+        left.append(name)
+    spans = source.spans(left, block_bytes)
+    for name, start, stop, rows in weights.read_ahead(source, spans):
+      put(name, start, rows)
+      if stop == source.tensors[name].shape[0]:
+        self.finish(name, num_bytes(name))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from llama_jax import errors, text
 from llama_jax.checkpoint import gguf_config, gguf_write, names, proof, weights
 from llama_jax.model import config as config_lib
-from llama_jax.text import files, gguf_header
+from llama_jax.text import gguf_header
 
 write, write_into = gguf_write.write, gguf_write.write_into
 
@@ -174,14 +174,7 @@ def _read_rows(
     return _read_rows(path, name, whole, 0, 1)[0, start:stop]
   row_bytes = extent.size // extent.shape[0]
   offset, size = extent.offset + start * row_bytes, (stop - start) * row_bytes
-  with files.opened(path) as file:
-    file.seek(offset)
-    raw = np.fromfile(file, np.uint8, size)
-  if raw.size != size:
-    raise errors.BadFileError(
-      f"{path} is cut off: the tensor {name} needs {size} bytes at"
-      f" {offset}, {raw.size} were found."
-    )
+  raw = weights.read_bytes(path, name, offset, size)
   shape = (stop - start, *extent.shape[1:])
   if extent.type.name in names.DTYPES:
     return raw.view(names.DTYPES[extent.type.name]).reshape(shape)

@@ -101,18 +101,12 @@ def write_into(
     end += _padded(_num_bytes(tensor, types[name]))
   with building.RowFile(path, end) as file:
     file.write(header, 0)
-    for name in source.tensors:
-      if name in site.done:
-        site.finish(name, source.tensors[name].num_bytes)
-    left = [name for name in source.tensors if name not in site.done]
-    spans = source.spans(left, block_bytes)
-    for name, start, stop, rows in weights.read_ahead(source, spans):
-      tensor = source.tensors[name]
-      row_bytes = _num_bytes(tensor, types[name]) // tensor.shape[0]
+
+    def put(name: str, start: int, rows: np.ndarray) -> None:
       content = _encode(source.file, name, rows, types[name])
-      file.write(content, starts[name] + start * row_bytes)
-      if stop == tensor.shape[0]:
-        site.finish(name, tensor.num_bytes)
+      file.write(content, starts[name] + start * (content.nbytes // len(rows)))
+
+    site.fill(source, source.tensors, block_bytes, put)
 
 
 def _with_rope_factors(

@@ -215,17 +215,12 @@ def _write_shard(
   data = 8 + len(text)
   with building.RowFile(path, data + end) as file:
     file.write(len(text).to_bytes(8, "little") + text, 0)
-    for key in keys:
-      if key in site.done:
-        site.finish(key, source.tensors[key].num_bytes)
-    left = [key for key in keys if key not in site.done]
-    spans = source.spans(left, block_bytes)
-    for key, start, stop, rows in weights.read_ahead(source, spans):
-      tensor = source.tensors[key]
-      row_bytes = tensor.num_bytes // tensor.shape[0]
+
+    def put(key: str, start: int, rows: np.ndarray) -> None:
+      row_bytes = rows.nbytes // len(rows)
       file.write(rows, data + starts[key] + start * row_bytes)
-      if stop == tensor.shape[0]:
-        site.finish(key, tensor.num_bytes)
+
+    site.fill(source, keys, block_bytes, put)
 
 
 def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
@@ -285,14 +280,7 @@ def _open_safetensors(
     tensor = tensors[key]
     row_bytes = tensor.num_bytes // max(1, tensor.shape[0])
     offset, count = starts[key] + start * row_bytes, (stop - start) * row_bytes
-    with files.opened(path) as file:
-      file.seek(offset)
-      found = np.fromfile(file, np.uint8, count)
-    if found.size != count:
-      raise errors.BadFileError(
-        f"{path} is cut off: the tensor {key} needs {count} bytes at {offset},"
-        f" {found.size} were found."
-      )
+    found = weights.read_bytes(os.fspath(path), key, offset, count)
     return found.view(tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
   return tensors, rows

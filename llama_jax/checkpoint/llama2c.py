@@ -133,12 +133,10 @@ def open_tensors(
   def rows(name: str, start: int, stop: int) -> np.ndarray:
     shape = (stop - start, *tensors[name].shape[1:])
     row_bytes = 4 * math.prod(shape[1:])
-    with files.opened(path) as opened:
-      opened.seek(offsets[name] + start * row_bytes)
-      found = np.fromfile(opened, "<f4", math.prod(shape))
-    if found.size != math.prod(shape):
-      raise errors.BadFileError(f"{file} is cut off: {name} is not all there.")
-    return found.reshape(shape)
+    found = weights.read_bytes(
+      file, name, offsets[name] + start * row_bytes, 4 * math.prod(shape)
+    )
+    return found.view("<f4").reshape(shape)
 
   return config, weights.Source(file, "meta", tensors, rows)
 

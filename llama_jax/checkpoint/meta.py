@@ -183,17 +183,19 @@ def write_into(
       stack.enter_context(torch_draft.Draft(folder / _part(rank), cut))
       for rank in range(R)
     ]
-    for name in source.tensors:
-      if name in site.done:
-        site.finish(name, _num_bytes(config, source, name))
-    left = [name for name in source.tensors if name not in site.done]
-    spans = source.spans(left, block_bytes)
-    for name, start, stop, rows in weights.read_ahead(source, spans):
+
+    def put(name: str, start: int, rows: np.ndarray) -> None:
       length = source.tensors[name].shape[0]
       for rank, part in meta_parallel.cut_rows(name, start, rows, length, V, R):
         drafts[rank].append(name, part)
-      if stop == length:
-        site.finish(name, _num_bytes(config, source, name))
+
+    site.fill(
+      source,
+      source.tensors,
+      block_bytes,
+      put,
+      lambda name: _num_bytes(config, source, name),
+    )
     for draft in drafts:
       draft.finish()
   files.write_json(folder / meta_params.PARAMS, fields)

@@ -19,6 +19,7 @@ import numpy as np
 from llama_jax import errors
 from llama_jax.checkpoint import names
 from llama_jax.model import config as config_lib
+from llama_jax.text import files
 
 # Of weights in memory at once; several are on their way at a time.
 BLOCK_BYTES = 64 << 20
@@ -241,6 +242,24 @@ def read_ahead(
         yield name, start, stop, job.result()
     for (name, start, stop), job in pending:
       yield name, start, stop, job.result()
+
+
+def read_bytes(path: str, name: str, offset: int, count: int) -> np.ndarray:
+  """Bytes of a tensor, uint8 [count], read and not mapped: mapped pages count
+  as memory in use.
+
+  Raises:
+    BadFileError: the file ends before them, or cannot be read.
+  """
+  with files.opened(path) as file:
+    file.seek(offset)
+    found = np.fromfile(file, np.uint8, count)
+  if found.size != count:
+    raise errors.BadFileError(
+      f"{path} is cut off: the tensor {name} needs {count} bytes at {offset},"
+      f" {found.size} were found."
+    )
+  return found
 
 
 def leaf_dtypes(
