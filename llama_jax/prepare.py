@@ -1,179 +1,195 @@
-"""Trains a tokenizer on text.
+"""Text into packed rows of tokens on disk; and a look at them; a tokenizer.
 
+  python -m llama_jax.prepare --config=configs/data/....py --out=DIR
+    [--config.row_length=4096 ...]
+  python -m llama_jax.prepare --show=DIR [--rows=3 --seed=0]
   python -m llama_jax.prepare --train_tokenizer=OUT.model --text=PATHS
     [--vocab_size=32000 --sample_bytes=200000000 --seed=0]
 
-A SentencePiece BPE with the settings of Llama 2's: digits split, bytes for
-what has no piece, lossless. PATHS: JSONL with a "text" field, plain text,
-either gzipped, or folders; several with commas between. Each is a domain of
-the report; of one folder alone, each folder and JSONL file in it, and its text
-files together.
+The first reads JSONL, Parquet, plain text (.gz, .zst too) and datasets of
+tensorflow-datasets, filters them, drops exact duplicates, holds a share out,
+and writes rows that training reads and tfds.builder_from_directory opens. DIR
+appears when it is whole; what was stopped goes on with the same command. Its
+knobs are those of llama_jax/data/parts.py.
 
-The text is read twice and never held whole: first to count it, then to train
-on it, or on a random part of its lines where it has more than sample_bytes
-(training takes some eight times as much memory as what it trains on).
-Every hundredth document of a domain, its tenth the first, is not trained on;
-on these, bytes per token are measured, to 4 MB a domain.
+The second prints rows decoded: the borders of documents, special tokens and
+what is not in the loss, in colours on a terminal (NO_COLOR is heeded).
+
+The third trains a SentencePiece BPE with the settings of Llama 2's: digits
+split, bytes for what has no piece, lossless. PATHS: files as above, or
+folders; several with commas between. Each is a domain of the report; of one
+folder alone, each folder and JSONL file in it, and its text files together.
 """
 
-import collections
-import dataclasses
+import os
 import pathlib
-import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 from llama_jax import errors, shell
 
-HELDOUT_EVERY = 100
-HELDOUT_FIRST = 9
-HELDOUT_BYTES = 4_000_000
+_COLUMNS = (
+  "source",
+  "documents",
+  "duplicates",
+  "filtered",
+  "bad",
+  "MB",
+  "tokens",
+  "bytes/token",
+  "rows",
+  "fill",
+)
 
 
-@dataclasses.dataclass
-class Domain:
-  """A part of the text, and what was counted in it.
+def make_config(given):
+  """The PrepareConfig of a ConfigDict."""
+  from llama_jax.data import parts
 
-  Attributes:
-    documents, bytes: of all of it, held out or not.
-    training_bytes: of what may be trained on.
-    heldout: the documents to measure on.
-  """
-
-  documents: int = 0
-  bytes: int = 0
-  training_bytes: int = 0
-  heldout: list[str] = dataclasses.field(default_factory=list)
-
-  def add(self, text: str, is_heldout: bool) -> None:
-    size = len(text.encode())
-    self.documents += 1
-    self.bytes += size
-    if not is_heldout:
-      self.training_bytes += size
-    elif not self.heldout or self.heldout_bytes + size <= HELDOUT_BYTES:
-      self.heldout.append(text)
-
-  @property
-  def heldout_bytes(self) -> int:
-    return sum(len(text.encode()) for text in self.heldout)
+  values = given.to_dict()
+  values["sources"] = {
+    name: shell.section(parts.SourceConfig, source, f"sources.{name}")
+    for name, source in given.sources.items()
+  }
+  return shell.section(parts.PrepareConfig, values, "")
 
 
-def read(text: str) -> Iterator[tuple[str, bool, str]]:
-  """(domain, whether it is held out, text) of each document, in order."""
-  from llama_jax.data import sources
-  from llama_jax.text import tokenizer
+def prepare(config, out: pathlib.Path) -> None:
+  """Makes the folder, with a bar for each source, and prints its report."""
+  import tqdm
 
-  roots = [pathlib.Path(path) for path in sources.named(text)]
-  one_folder = len(roots) == 1 and roots[0].is_dir()
-  seen = collections.Counter()
-  for path, document in sources.stream(text, "--text"):
-    try:
-      tokenizer.check_text(document)
-    except errors.UserError as error:
-      raise errors.BadFileError(f"{path}: {error}") from None
-    if one_folder:
-      below = path.relative_to(roots[0]).parts
-      alone = len(below) > 1 or path.name.lower().endswith(sources.JSONL)
-      name = below[0] if alone else roots[0].name
+  from llama_jax.data import preparation, prepared
+
+  there = (out / prepared.REPORT).exists()
+  bars: dict[str, tqdm.tqdm] = {}
+  tokens = 0
+
+  def tick(name: str, position: int, total: int) -> None:
+    if name not in bars:
+      bars[name] = tqdm.tqdm(
+        total=total,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        position=0,
+      )
+    # Parquet is read from its end.
+    bars[name].update(max(position - bars[name].n, 0))
+
+  def tell(more: int) -> None:
+    nonlocal tokens
+    tokens += more
+    for bar in bars.values():
+      bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+
+  try:
+    report = preparation.prepare(config, out, tick, tell)
+  finally:
+    for bar in bars.values():
+      bar.close()
+  for line in table(report):
+    print(line)
+  for name, counted in report["sources"].items():
+    for bad in counted["bad_named"]:
+      print(f"skipped in {name}: {bad}")
+    if counted["passed_over"]:
+      print(f"{name}: {counted['passed_over']} files that are no text")
+  print(f"{out} was there already" if there else f"written to {out}")
+
+
+def table(report: Mapping[str, Any]) -> Iterator[str]:
+  """The report, a line a source and one for what each holds out."""
+  rows = [_COLUMNS]
+  for name, counted in report["sources"].items():
+    for side in ("train", "heldout"):
+      one = counted[side]
+      if not one["rows"]:
+        continue
+      read = ("duplicates", "filtered", "bad") if side == "train" else ()
+      room = one["rows"] * (report["row_length"] + 1)
+      rows.append(
+        (
+          name if side == "train" else "  held out",
+          f"{one['documents']:,}",
+          *([f"{counted[key]:,}" for key in read] or [""] * 3),
+          f"{one['text_bytes'] / 1e6:,.2f}",
+          f"{one['tokens']:,}",
+          f"{one['text_bytes'] / one['tokens']:.3f}",
+          f"{one['rows']:,}",
+          f"{one['used'] / room:.2%}",
+        )
+      )
+      if cut := one["psm"] + one["spm"]:
+        rows.append(
+          (
+            f"  infilled: {cut:,} documents, {one['psm']:,} PSM,"
+            f" {one['spm']:,} SPM",
+          )
+        )
+  full = [row for row in rows if len(row) > 1]
+  widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+  for row in rows:
+    if len(row) == 1:
+      yield row[0]
     else:
-      name = next(str(r) for r in roots if r == path or r in path.parents)
-    yield name, seen[name] % HELDOUT_EVERY == HELDOUT_FIRST, document
-    seen[name] += 1
+      cells = [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+      yield "  ".join([row[0].ljust(widths[0]), *cells])
 
 
-def count(text: str) -> dict[str, Domain]:
-  """Name -> Domain of all of the text.
+def show(folder: str, rows: int, seed: int) -> None:
+  from llama_jax.data import display, prepared
 
-  Raises:
-    BadFileError: it cannot be read, or there is none.
-  """
-  domains = collections.defaultdict(Domain)
-  for name, is_heldout, document in read(text):
-    domains[name].add(document, is_heldout)
-  if not domains:
-    raise errors.BadFileError(f"--text={text} holds no text.")
-  return dict(domains)
-
-
-def sample(text: str, share: float, seed: int) -> Iterator[str]:
-  """Lines to train on, each with this chance; all where it is 1 or more."""
-  from llama_jax.text import train_sentencepiece
-
-  draws = random.Random(seed)
-  for _, is_heldout, document in read(text):
-    if not is_heldout:
-      for line in train_sentencepiece.sentences(document):
-        if draws.random() < share:
-          yield line
-
-
-def check_new(out: pathlib.Path) -> None:
-  if out.exists():
-    raise errors.UserError(
-      f"--train_tokenizer={out} exists; name another file or remove it."
-    )
-
-
-def train_tokenizer(
-  out: pathlib.Path, text: str, vocab_size: int, sample_bytes: int, seed: int
-) -> None:
-  """Reads, trains, writes OUT whole or not at all, and reports.
-
-  Raises:
-    UserError: OUT is there already, the text cannot be read, or it is too
-      small for vocab_size.
-  """
-  from llama_jax import text as text_lib
-  from llama_jax.text import files, train_sentencepiece
-
-  check_new(out)
-  domains = count(text)
-  total = sum(domain.training_bytes for domain in domains.values())
-  share = sample_bytes / max(total, 1)
-  used = f"all {total:,}" if share >= 1 else f"{sample_bytes:,} of {total:,}"
-  print(f"training {vocab_size:,} pieces on {used} bytes")
-  model = train_sentencepiece.train(sample(text, share, seed), vocab_size)
-  check_new(out)  # training takes long
-  out.parent.mkdir(parents=True, exist_ok=True)
-  files.write(out, model)
-  tokenizer = text_lib.load_tokenizer(out)
-  width = max(len("domain"), *map(len, domains))
-  print(
-    f"{'domain':<{width}} {'documents':>11} {'bytes':>15}"
-    f" {'held out':>10} {'bytes/token':>14}"
-  )
-  for name, domain in domains.items():
-    tokens = sum(map(len, tokenizer.encode_batch(domain.heldout)))
-    rate = f"{domain.heldout_bytes / tokens:.3f}" if tokens else "nothing held"
-    print(
-      f"{name:<{width}} {domain.documents:>11,} {domain.bytes:>15,}"
-      f" {domain.heldout_bytes:>10,} {rate:>14}"
-    )
-  print(f"written to {out}")
+  colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+  for line in display.lines(prepared.read(folder), rows, seed, colours):
+    print(line)
 
 
 def main(argv) -> None:
   del argv
-  if not _TRAIN_TOKENIZER.value:
+  asked = [
+    name
+    for name in ("out", "show", "train_tokenizer")
+    if flags.FLAGS[name].value
+  ]
+  if len(asked) != 1:
     raise errors.UserError(
-      "give --train_tokenizer=OUT.model, the file to write."
+      "give one of --out=DIR (with --config=FILE), --show=DIR and"
+      " --train_tokenizer=OUT.model (with --text=PATHS)."
     )
-  if not _TEXT.value:
-    raise errors.UserError(
-      "--text=PATHS is needed: JSONL or text, .gz too, or folders."
+  if _SHOW.value:
+    show(_SHOW.value, _ROWS.value, _SEED.value)
+  elif _OUT.value:
+    if _CONFIG.value is None:
+      raise errors.UserError(
+        "--out needs --config=FILE; the recipes are in configs/data/."
+      )
+    prepare(make_config(_CONFIG.value), pathlib.Path(_OUT.value).expanduser())
+  else:
+    from llama_jax.data import vocabulary
+
+    if not _TEXT.value:
+      raise errors.UserError(
+        "--text=PATHS is needed: JSONL or text, .gz too, or folders."
+      )
+    vocabulary.train(
+      pathlib.Path(_TRAIN_TOKENIZER.value).expanduser(),
+      _TEXT.value,
+      _VOCAB_SIZE.value,
+      _SAMPLE_BYTES.value,
+      _SEED.value,
     )
-  train_tokenizer(
-    pathlib.Path(_TRAIN_TOKENIZER.value).expanduser(),
-    _TEXT.value,
-    _VOCAB_SIZE.value,
-    _SAMPLE_BYTES.value,
-    _SEED.value,
-  )
 
 
 if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file("config", None, "What to prepare.")
+  _OUT = flags.DEFINE_string("out", None, "The folder to write.")
+  _SHOW = flags.DEFINE_string("show", None, "A prepared folder to look at.")
+  _ROWS = flags.DEFINE_integer("rows", 3, "To show of each source.", 1)
   _TRAIN_TOKENIZER = flags.DEFINE_string(
     "train_tokenizer", None, "The tokenizer.model to write."
   )
@@ -184,5 +200,5 @@ if __name__ == "__main__":
   _SAMPLE_BYTES = flags.DEFINE_integer(
     "sample_bytes", 200_000_000, "Train on about this much at the most.", 1
   )
-  _SEED = flags.DEFINE_integer("seed", 0, "Of the sample.")
+  _SEED = flags.DEFINE_integer("seed", 0, "Of the sample, or of what is shown.")
   shell.run(main)

@@ -1,11 +1,24 @@
-"""Rows to batches in a shuffled order that the step number alone determines."""
+"""Global batches that the step number alone determines, read ahead.
 
+Where the data stands is the step: the same number gives the same batch for any
+number of hosts and reading threads, after any interruption.
+"""
+
+import collections
+import concurrent.futures
 import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from llama_jax import errors
-from llama_jax.data import packing, sources
+from llama_jax.data import mixture as mixture_lib
+from llama_jax.data import documents, packing, sources
+from llama_jax.data import ramp as ramp_lib
+
+# Steps read ahead of the one that trains.
+AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,54 +26,174 @@ class DataConfig:
   """What is read.
 
   Attributes:
-    text: a path or several: JSONL, text, gz, or folders of them.
-    sequence_length: tokens in a row.
+    text: a path or several, tokenized and packed at the start: JSONL, text, gz,
+      or folders of them. Or
+    prepared: a folder that `prepare` wrote.
+    mixture: source of the prepared folder -> its weight; {} for in proportion
+      to their sizes.
+    later_mixtures: pairs (from_tokens, mixture) that take over later on.
+    separate_documents: those of a row do not see each other (Llama 3); False
+      lets them, as in LLaMA 1 and 2.
+    sequence_length: tokens in a row, at first (training.ramp).
+    infill_rate: share of text's documents that are cut for infilling; a
+      prepared folder was given its own.
+    workers: threads that read.
     seed: of the order of rows; every epoch has its own.
-    tokenizer: a tokenizer's file or folder; "" takes that of init.
+    tokenizer: a tokenizer's file or folder; "" takes that of init or of the
+      prepared folder; "train" trains one on text, with the model's vocabulary.
   """
 
   text: str | tuple[str, ...]
+  prepared: str
+  mixture: Mapping[str, float]
+  later_mixtures: tuple[tuple[int, Mapping[str, float]], ...]
+  separate_documents: bool
   sequence_length: int
+  infill_rate: float
+  workers: int
   seed: int
   tokenizer: str
 
   def __post_init__(self):
-    if self.sequence_length < 1:
+    for name in ("sequence_length", "workers"):
+      if getattr(self, name) < 1:
+        raise errors.ConfigError(
+          f"data.{name}={getattr(self, name)} must be 1 or more."
+        )
+    if not 0 <= self.infill_rate <= 1:
       raise errors.ConfigError(
-        f"data.sequence_length={self.sequence_length} must be 1 or more."
+        f"data.infill_rate={self.infill_rate} must lie between 0 and 1."
       )
-    if not self.text:
+    if bool(self.text) == bool(self.prepared):
       raise errors.ConfigError(
-        "data.text is empty; give --config.data.text=FILE_OR_FOLDER."
+        f"data.text={self.text!r} and data.prepared={self.prepared!r}: give"
+        " one of them, --config.data.text=FILE_OR_FOLDER or"
+        " --config.data.prepared=DIR."
+      )
+    if self.prepared and self.infill_rate:
+      raise errors.ConfigError(
+        f"data.infill_rate={self.infill_rate} is for data.text; a prepared"
+        " folder was cut when it was prepared: use 0."
+      )
+    if self.text and (self.mixture or self.later_mixtures):
+      raise errors.ConfigError(
+        "data.mixture is for the sources of data.prepared; data.text is one"
+        " source."
       )
 
 
-def load_rows(config: DataConfig, tokenizer) -> packing.PackedRows:
-  """Reads, tokenizes and packs; each document ends with EOS if there is one."""
-  texts = sources.documents(config.text)
-  bos = tokenizer.add_bos and tokenizer.bos_id is not None
-  ids = tokenizer.encode_batch(texts, bos=bos, eos=tokenizer.eos_id is not None)
-  return packing.PackedRows(ids, config.sequence_length)
+def read_ahead(
+  batches: "Batches",
+  steps: range,
+  rows: Callable[[int], slice],
+  workers: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of these steps in order, read by threads before they are asked.
+
+  rows: step -> those of its batch that this host reads.
+  """
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    pending: collections.deque[Any] = collections.deque()
+    try:
+      for step in steps:
+        pending.append(pool.submit(batches.get, step, rows(step)))
+        if len(pending) > AHEAD:
+          yield pending.popleft().result()
+      while pending:
+        yield pending.popleft().result()
+    finally:
+      for future in pending:
+        future.cancel()
 
 
 class Batches:
-  """Batch number n of an endless shuffled stream; the position is n."""
+  """Batch number n of an endless shuffled stream; the position is n.
 
-  def __init__(self, rows, batch_size: int, seed: int):
-    import grain
+  Attributes:
+    mixture: which row of which source comes when.
+    sizes: rows of each source.
+  """
 
-    if len(rows) < batch_size:
+  def __init__(
+    self,
+    rows: Mapping[str, Sequence[dict[str, np.ndarray]]],
+    config: DataConfig,
+    ramp: ramp_lib.Ramp,
+  ):
+    """rows: of each source, in the length that ramp says."""
+    self._rows = tuple(rows.values())
+    self.sizes = {name: len(one) for name, one in rows.items()}
+    self._separate = config.separate_documents
+    self._ramp = ramp
+    total = sum(map(len, self._rows))
+    needed = max(ramp.at(0).rows, 1)
+    if total < needed:
+      first = ramp.stages[0]
       raise errors.ConfigError(
-        f"data.text makes {len(rows)} rows, fewer than"
-        f" training.batch_size={batch_size}; give more text, or a smaller"
-        " training.batch_size or data.sequence_length."
+        f"the data makes {total} rows of {ramp.row_length} tokens, fewer than"
+        f" the {needed} of training.batch_size={first.batch_size}; give more"
+        " text, or a smaller training.batch_size or data.sequence_length."
       )
-    self._dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    self._batch_size = batch_size
+    stages = [(0, config.mixture), *config.later_mixtures]
+    self.mixture = mixture_lib.Mixture(
+      self.sizes,
+      [
+        # Mixtures change at a whole row.
+        (-(-int(tokens) // ramp.row_length), weights)
+        for tokens, weights in stages
+      ],
+      config.seed,
+    )
 
   def get(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
-    """Rows of global batch `step`, each array [rows, T]."""
-    first = step * self._batch_size
-    wanted = range(first, first + self._batch_size)[rows]
-    loaded = [self._dataset[index] for index in wanted]
-    return {name: np.stack([r[name] for r in loaded]) for name in loaded[0]}
+    """Sequences of global batch `step`: arrays [B, T], and sources [B]."""
+    place = self._ramp.at(step)
+    T = place.stage.sequence_length
+    wanted = range(place.stage.batch_size)[rows]
+    drawn: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+    parts, whose = [], []
+    for sequence in wanted:
+      number, cut = divmod(sequence, place.cuts)
+      if number not in drawn:
+        draw = self.mixture.draw(place.row + number)
+        drawn = {number: (draw.source, self._rows[draw.source][draw.index])}
+      source, row = drawn[number]
+      parts.append(packing.inputs(row, cut * T, T, self._separate))
+      whose.append(source)
+    batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
+    return batch | {"sources": np.array(whose, np.int32)}
+
+  def epochs(self, step: int) -> dict[str, float]:
+    """Passes over each source before this step."""
+    return self.mixture.epochs(self._ramp.at(step).row)
+
+  def documents(self, step: int) -> list[dict[str, Any]]:
+    """What batch `step` is made of: source, row and documents of each row."""
+    place = self._ramp.at(step)
+    told = []
+    for number in range(place.row, place.row + place.rows):
+      draw = self.mixture.draw(number)
+      row = self._rows[draw.source][draw.index]
+      told.append(
+        {
+          "source": self.mixture.names[draw.source],
+          "row": draw.index,
+          "epoch": draw.epoch,
+          "documents": [int(one) for one in row["documents"]],
+        }
+      )
+    return told
+
+
+def pack_text(
+  config: DataConfig, tokenizer, row_length: int
+) -> list[dict[str, np.ndarray]]:
+  """Rows of data.text; each document ends with EOS."""
+  encoder = documents.Encoder(
+    tokenizer, row_length, config.infill_rate, config.seed
+  )
+  encoded = (
+    encoder.document(text, index)
+    for index, text in enumerate(sources.documents(config.text))
+  )
+  return list(packing.pack(encoded, row_length))

@@ -32,8 +32,9 @@ class _Family:
   suffix_first: bool = True
 
 
+CODE_LLAMA = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 _FAMILIES = (
-  _Family(("▁<PRE>", "▁<SUF>", "▁<MID>"), ("▁<EOT>",)),  # Code Llama
+  _Family(CODE_LLAMA[:3], CODE_LLAMA[3:]),
   _Family(("<PRE>", "<SUF>", "<MID>"), ("<EOT>",)),
   _Family(  # StarCoder, SmolLM
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"), ("<|endoftext|>",)

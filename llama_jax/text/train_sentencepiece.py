@@ -10,13 +10,14 @@ line end.
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
 from llama_jax import errors
 
 MAX_SENTENCE_BYTES = 4192
+COVERAGE = 0.99995
 # SentencePiece drops a whole sentence for a NUL, or for the letter that it
 # marks unknown ones with; cut there, it loses no more than that letter.
 _ENDS = re.compile("[\n\0\u2585]")
@@ -39,11 +40,19 @@ def sentences(text: str) -> Iterator[str]:
       yield line
 
 
-def train(lines: Iterable[str], vocab_size: int) -> bytes:
+def train(
+  lines: Iterable[str],
+  vocab_size: int,
+  coverage: float = COVERAGE,
+  special: Sequence[str] = (),
+) -> bytes:
   """The tokenizer.model of a text.
 
   lines: what `sentences` gives; read once, and held in memory by the library.
   vocab_size: with the 256 bytes and the three special pieces.
+  coverage: share of the letters that get a piece; bytes spell the others.
+  special: pieces that no text spells, such as those for infilling; the first
+    ids after eos.
 
   Raises:
     UserError: the text is too small or has too many letters for vocab_size.
@@ -58,7 +67,8 @@ def train(lines: Iterable[str], vocab_size: int) -> bytes:
       model_type="bpe",
       vocab_size=vocab_size,
       max_sentence_length=MAX_SENTENCE_BYTES,
-      character_coverage=0.99995,
+      character_coverage=coverage,
+      control_symbols=list(special),
       byte_fallback=True,
       split_digits=True,
       normalization_rule_name="identity",

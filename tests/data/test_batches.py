@@ -1,73 +1,173 @@
-"""The order of rows: shuffled, seeded, and a function of the step alone."""
+"""Global batches: a function of the step alone, whoever reads them how."""
 
-import collections
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
 
 from llama_jax import errors, text
-from llama_jax.data import batches
+from llama_jax.data import batches, packing
+from llama_jax.data import ramp as ramp_lib
 
-CONFIG = batches.DataConfig(text="x", sequence_length=16, seed=0, tokenizer="")
-
-
-class Rows:
-  """Row i holds i."""
-
-  def __init__(self, count):
-    self.count = count
-
-  def __len__(self):
-    return self.count
-
-  def __getitem__(self, index):
-    return {"row": np.array([index])}
-
-
-def order(rows, size, steps, seed=0, start=0):
-  source = batches.Batches(Rows(rows), size, seed)
-  got = [source.get(step)["row"][:, 0] for step in range(start, start + steps)]
-  return np.concatenate(got).tolist()
+R = 32
+CONFIG = batches.DataConfig(
+  text="",
+  prepared="x",
+  mixture={},
+  later_mixtures=(),
+  separate_documents=True,
+  sequence_length=R,
+  infill_rate=0.0,
+  workers=1,
+  seed=0,
+  tokenizer="",
+)
+RAMP = ramp_lib.Ramp(
+  [ramp_lib.Stage(0, 6, 16, 1), ramp_lib.Stage(96 * 8, 6, R, 1)], R
+)
 
 
-def test_an_epoch_sees_each_row_once():
-  # 12 batches of 5 are 6 epochs of 10 rows.
-  got = np.reshape(order(10, 5, 12), (6, 10))
-  for epoch in got:
-    assert sorted(epoch) == list(range(10))
-  assert len({tuple(epoch) for epoch in got}) == 6
-  assert tuple(got[0]) != tuple(range(10))
+def source(name, count, row_length=R):
+  """Documents of mixed lengths whose tokens are all different numbers."""
+  rng = np.random.default_rng(count)
+  first = {"a": 0, "b": 1_000_000}[name]
+  documents = []
+  while sum(map(len, documents)) < count * row_length:
+    size = int(rng.integers(3, 90))
+    documents.append(np.arange(first, first + size))
+    first += size
+  packed = packing.pack(
+    (packing.Document(d, i) for i, d in enumerate(documents)), row_length
+  )
+  return list(packed)[:count]
 
 
-def test_batches_that_do_not_divide_the_epoch_lose_nothing():
-  # 10 batches of 3 are 3 epochs of 10 rows.
-  counts = collections.Counter(order(10, 3, 10))
-  assert counts == {row: 3 for row in range(10)}
+@pytest.fixture(scope="module")
+def two():
+  return {"a": source("a", 41), "b": source("b", 17)}
 
 
-@pytest.mark.parametrize("start", [0, 1, 3, 17])
-def test_any_step_can_be_resumed(start):
-  whole = order(10, 3, 25)
-  assert order(10, 3, 25 - start, start=start) == whole[3 * start :]
+def make(rows, ramp=RAMP, **knobs):
+  return batches.Batches(rows, dataclasses.replace(CONFIG, **knobs), ramp)
 
 
-def test_the_seed_matters():
-  assert order(50, 5, 10, seed=1) == order(50, 5, 10, seed=1)
-  assert order(50, 5, 10, seed=1) != order(50, 5, 10, seed=2)
+def digests(source, steps, rows=lambda step: slice(None)):
+  """A hash of every sequence of these steps, in order."""
+  told = []
+  for step in steps:
+    batch = source.get(step, rows(step))
+    for i in range(len(batch["tokens"])):
+      digest = hashlib.sha256()
+      for name in sorted(batch):
+        digest.update(np.ascontiguousarray(batch[name][i]).tobytes())
+      told.append(digest.hexdigest())
+  return told
 
 
-def test_hosts_share_a_batch():
-  source = batches.Batches(Rows(20), 6, 0)
-  whole = source.get(4)["row"]
-  parts = [source.get(4, slice(i, i + 2))["row"] for i in (0, 2, 4)]
-  np.testing.assert_array_equal(np.concatenate(parts), whole)
+def test_any_step_can_be_resumed(two):
+  whole = digests(make(two), range(20))
+  for start in (1, 7, 8, 13):
+    assert digests(make(two), range(start, 20)) == whole[6 * start :]
 
 
-def test_too_little_text_is_refused():
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_hosts_share_a_batch(two, hosts):
+  """R7: the same global batches for any number of hosts."""
+  each = 6 // hosts
+  whole = digests(make(two), range(12))
+  parts = [
+    digests(
+      make(two), range(12), lambda s, h=h: slice(h * each, (h + 1) * each)
+    )
+    for h in range(hosts)
+  ]
+  joined = []
+  for step in range(12):
+    for part in parts:
+      joined += part[step * each : (step + 1) * each]
+  assert joined == whole
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_threads_read_ahead_in_order(two, workers):
+  """R7: and of reading threads."""
+  source = make(two)
+  read = batches.read_ahead(
+    source, range(3, 15), lambda step: slice(None), workers
+  )
+  for step, batch in zip(range(3, 15), read, strict=True):
+    want = source.get(step)
+    assert batch.keys() == want.keys()
+    for name in want:
+      np.testing.assert_array_equal(batch[name], want[name])
+
+
+def test_a_reader_that_fails_says_so_and_stops(two):
+  class Broken(list):
+    def __getitem__(self, index):
+      raise errors.BadFileError("row cannot be read")
+
+  source = make({"a": Broken(two["a"])})
+  with pytest.raises(errors.BadFileError, match="cannot be read"):
+    list(batches.read_ahead(source, range(9), lambda step: slice(None), 2))
+
+
+def test_an_epoch_has_every_token_once(two):
+  """Through both sequence lengths of the ramp: no row cut, none twice."""
+  got = []
+  source = make({"a": two["a"]})
+  rows = 0
+  for step in range(12):
+    rows += RAMP.at(step).rows
+    if rows > 41:
+      break
+    got += source.get(step)["tokens"].ravel().tolist()
+  want = {tuple(row["tokens"][:-1]) for row in two["a"]}
+  parts = [tuple(got[i : i + R]) for i in range(0, len(got), R)]
+  assert len(parts) == len(set(parts)) and set(parts) <= want
+  assert len(parts) > 30
+
+
+def test_sources_are_told(two):
+  source = make(two, mixture={"a": 0.25, "b": 0.75})
+  counts = np.zeros(2)
+  for step in range(40):
+    batch = source.get(step)
+    ours = batch["tokens"][:, 0] >= 1_000_000
+    np.testing.assert_array_equal(batch["sources"], ours.astype(np.int32))
+    counts += np.bincount(batch["sources"], minlength=2)
+  np.testing.assert_allclose(counts / counts.sum(), [0.25, 0.75], atol=0.02)
+
+
+def test_documents_of_a_batch_are_named(two):
+  source = make(two)
+  for step in (0, 9):
+    told = source.documents(step)
+    batch = source.get(step)
+    cuts = RAMP.at(step).cuts
+    assert len(told) * cuts == 6
+    for number, one in enumerate(told):
+      row = two[one["source"]][one["row"]]
+      np.testing.assert_array_equal(
+        batch["tokens"][number * cuts : (number + 1) * cuts].ravel(),
+        row["tokens"][:-1],
+      )
+      assert one["documents"] == row["documents"].tolist()
+
+
+def test_a_later_mixture_takes_over_at_its_token(two):
+  source = make(two, mixture={"a": 1.0}, later_mixtures=((96 * 3, {"b": 1.0}),))
+  for step in range(6):
+    want = 0 if step < 3 else 1
+    assert set(source.get(step)["sources"]) == {want}
+
+
+def test_too_little_text_is_refused(two):
+  ramp = ramp_lib.Ramp([ramp_lib.Stage(0, 64, R, 1)], R)
   with pytest.raises(errors.ConfigError) as caught:
-    batches.Batches(Rows(3), 4, 0)
-  for said in ("3 rows", "training.batch_size=4", "data.sequence_length"):
+    make(two, ramp)
+  for said in ("58 rows", "training.batch_size=64", "data.sequence_length"):
     assert said in str(caught.value)
 
 
@@ -75,11 +175,10 @@ def test_documents_end_with_eos(tmp_path, tokenizer_folder):
   tokenizer = text.load_tokenizer(tokenizer_folder)
   for name, content in (("a.txt", "import json"), ("b.txt", "return None")):
     (tmp_path / name).write_text(content)
-  config = dataclasses.replace(CONFIG, text=str(tmp_path), sequence_length=100)
-  rows = batches.load_rows(config, tokenizer)
-  row = rows[0]
-  size = int((row["segments"] > 0).sum())
-  got = [*row["tokens"][:size].tolist(), int(row["targets"][size - 1])]
+  config = dataclasses.replace(CONFIG, text=str(tmp_path), prepared="")
+  rows = batches.pack_text(config, tokenizer, 100)
+  assert len(rows) == 1
+  got = rows[0]["tokens"][rows[0]["segments"] > 0].tolist()
   bos = [tokenizer.bos_id] if tokenizer.add_bos else []
   want = []
   for content in ("import json", "return None"):
@@ -87,8 +186,21 @@ def test_documents_end_with_eos(tmp_path, tokenizer_folder):
   assert got == want
 
 
-def test_config_refusals():
-  with pytest.raises(errors.ConfigError, match=r"data\.sequence_length=0"):
-    dataclasses.replace(CONFIG, sequence_length=0)
-  with pytest.raises(errors.ConfigError, match=r"data\.text is empty"):
-    dataclasses.replace(CONFIG, text="")
+@pytest.mark.parametrize(
+  "knobs, said",
+  [
+    ({"sequence_length": 0}, r"data\.sequence_length=0"),
+    ({"workers": 0}, r"data\.workers=0"),
+    ({"infill_rate": 1.5}, r"data\.infill_rate=1.5"),
+    ({"infill_rate": 0.5}, "a prepared folder was cut when"),
+    ({"prepared": ""}, r"data\.text=''.*give one of them"),
+    ({"text": "y"}, "give one of them"),
+    (
+      {"text": "y", "prepared": "", "mixture": {"a": 1}},
+      r"data\.mixture is for",
+    ),
+  ],
+)
+def test_config_refusals(knobs, said):
+  with pytest.raises(errors.ConfigError, match=said):
+    dataclasses.replace(CONFIG, **knobs)

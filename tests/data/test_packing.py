@@ -1,105 +1,194 @@
-"""Packing against a slow packer written here, token by token."""
+"""Rows against the documents they were made of, put together again by hand."""
 
 import collections
-import itertools
+import dataclasses
 
 import numpy as np
 import pytest
 
+from llama_jax import errors
 from llama_jax.data import packing
 
-KEYS = ("tokens", "targets", "positions", "segments", "loss_mask")
 
-
-def slow_rows(documents, T):
-  """The rows as the module's docstring defines them."""
-  line = [(d, token) for d, doc in enumerate(documents) for token in doc]
-  rows = []
-  for start in range(0, len(line) - 1, T):
-    row = {name: [] for name in KEYS}
-    segment = position = 0
-    before = None
-    for at in range(start, start + T):
-      if at + 1 >= len(line):
-        for name in KEYS:
-          row[name].append(0)
-        continue
-      owner, token = line[at]
-      if owner != before:
-        segment, position, before = segment + 1, 0, owner
-      row["tokens"].append(token)
-      row["targets"].append(line[at + 1][1])
-      row["positions"].append(position)
-      row["segments"].append(segment)
-      row["loss_mask"].append(float(line[at + 1][0] == owner))
-      position += 1
-    rows.append(row)
-  return rows
-
-
-def corpora():
+def corpora(rows):
+  """Documents of every mix of plain and whole; every token is another."""
   rng = np.random.default_rng(0)
-  yield [[7]]
-  yield [[1, 2]]
-  yield [[], [1, 2, 3], [], [], [4], [5, 6], []]
-  yield [list(range(1, 41))]
-  for _ in range(60):
-    count = rng.integers(1, 9)
-    yield [
-      rng.integers(1, 99, size=rng.integers(0, 15)).tolist()
-      for _ in range(count)
-    ]
+  for share in (0.0, 0.5, 0.9, 1.0):
+    for most in (3, 20, 90):
+      fresh = 1
+      documents = []
+      for index in range(int(rng.integers(1, 60))):
+        size = int(rng.integers(0, most))
+        ids = list(range(fresh, fresh + size))
+        fresh += size
+        whole = bool(rng.random() < share and size <= rows)
+        documents.append(packing.Document(ids, 10 * index, whole))
+      yield documents
 
 
-@pytest.mark.parametrize("T", [1, 2, 5, 8, 100])
-def test_equals_the_slow_packer(T):
-  for documents in corpora():
-    rows = packing.PackedRows(documents, T)
-    want = slow_rows(documents, T)
-    assert len(rows) == len(want)
-    for index, slow in enumerate(want):
-      row = rows[index]
-      assert row.keys() == slow.keys()
-      for name in KEYS:
-        kind = np.float32 if name == "loss_mask" else np.int32
-        assert row[name].dtype == kind and row[name].shape == (T,)
-        assert row[name].tolist() == slow[name], (name, documents)
+def parts(row):
+  """(document, tokens) of each segment, its form checked."""
+  size = len(row["tokens"])
+  for name in ("tokens", "segments", "positions"):
+    assert row[name].dtype == np.int32 and row[name].shape == (size,)
+  assert row["documents"].dtype == np.int64
+  used = int((row["segments"] > 0).sum())
+  assert not row["segments"][used:].any() and not row["tokens"][used:].any()
+  assert not row["positions"][used:].any()
+  found = []
+  for number, document in enumerate(row["documents"].tolist(), start=1):
+    where = np.flatnonzero(row["segments"] == number)
+    assert (np.diff(where) == 1).all() and len(where)
+    assert row["positions"][where].tolist() == list(range(len(where)))
+    found.append((document, row["tokens"][where].tolist()))
+  assert sum(len(tokens) for _, tokens in found) == used
+  return found
 
 
-@pytest.mark.parametrize("T", [1, 3, 8])
-def test_every_token_is_predicted_once_from_its_own_document(T):
-  for documents in corpora():
-    # Every token of the corpus is another word.
-    fresh = iter(range(1, 10_000))
-    documents = [[next(fresh) for _ in doc] for doc in documents]
-    rows = packing.PackedRows(documents, T)
+@pytest.mark.parametrize("R", [1, 2, 5, 8, 40])
+def test_rows_give_every_document_back(R):
+  for documents in corpora(R):
+    got = collections.defaultdict(list)
+    plain_order = []
+    goes_on = None
+    plain = {d.index for d in documents if not d.whole}
+    for row in packing.pack(documents, R):
+      segments = parts(row)
+      assert len(row["tokens"]) == R + 1
+      if goes_on is not None:
+        # The last token of the row before, once more.
+        assert segments[0][0] == goes_on
+        assert segments[0][1][0] == got[goes_on].pop()
+      for document, tokens in segments:
+        got[document] += tokens
+        if document in plain and plain_order[-1:] != [document]:
+          plain_order.append(document)
+      last = segments[-1][0]
+      whole_ids = next(d.ids for d in documents if d.index == last)
+      goes_on = last if got[last] != list(whole_ids) else None
+    assert goes_on is None
+    wanted = {d.index: list(d.ids) for d in documents if len(d.ids)}
+    assert got == wanted
+    assert plain_order == [i for i in wanted if i in plain]
+
+
+@pytest.mark.parametrize("R", [2, 5, 40])
+def test_a_whole_document_lies_in_one_row(R):
+  for documents in corpora(R):
+    whole = {d.index: list(d.ids) for d in documents if d.whole and len(d.ids)}
+    for row in packing.pack(documents, R):
+      for document, tokens in parts(row):
+        if document in whole:
+          assert tokens == whole.pop(document)
+    assert not whole
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("R", [1, 5, 40])
+def test_every_token_but_the_first_is_predicted_once(R, separate):
+  for documents in corpora(R):
     scored = collections.Counter()
     pairs = set()
-    for row in (rows[i] for i in range(len(rows))):
-      for t in np.flatnonzero(row["loss_mask"]):
-        assert row["segments"][t] > 0
-        scored[int(row["targets"][t])] += 1
-        pairs.add((int(row["tokens"][t]), int(row["targets"][t])))
-    want = [token for doc in documents for token in doc[1:]]
-    assert scored == collections.Counter(want)
-    assert pairs == {
-      pair for doc in documents for pair in itertools.pairwise(doc)
+    for row in packing.pack(documents, R):
+      piece = packing.inputs(row, 0, R, separate)
+      for t in np.flatnonzero(piece["loss_mask"]):
+        assert piece["segments"][t] > 0
+        scored[int(piece["targets"][t])] += 1
+        pairs.add((int(piece["tokens"][t]), int(piece["targets"][t])))
+    want = collections.Counter(t for d in documents for t in d.ids[1:])
+    within = {
+      pair for d in documents for pair in zip(d.ids, d.ids[1:], strict=False)
     }
+    assert within <= pairs
+    if separate:
+      assert scored == want and pairs == within
+    else:
+      # First tokens too, where they are not the first of a row.
+      firsts = {d.ids[0] for d in documents if len(d.ids)}
+      assert set(scored.values()) <= {1} and want.keys() <= scored.keys()
+      assert scored.keys() - want.keys() <= firsts
 
 
-def test_documents_can_be_read_back():
-  documents = [[5, 6, 7, 8, 9], [1, 2], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
-  rows = packing.PackedRows(documents, 4)
-  tokens = np.concatenate(
-    [rows[i]["tokens"][rows[i]["segments"] > 0] for i in range(len(rows))]
-  )
-  # All but the very last token, which is only ever a target.
-  assert tokens.tolist() == [*itertools.chain(*documents)][:-1]
+def slow_inputs(row, start, length, separate):
+  piece = collections.defaultdict(list)
+  before, position = 0, 0
+  for t in range(start, start + length):
+    segment, after = row["segments"][t], row["segments"][t + 1]
+    position = position + 1 if segment == before else 0
+    before = segment
+    piece["tokens"].append(row["tokens"][t])
+    piece["targets"].append(row["tokens"][t + 1])
+    padded = segment == 0
+    if separate:
+      piece["segments"].append(segment)
+      piece["positions"].append(0 if padded else position)
+      piece["loss_mask"].append(float(segment == after and not padded))
+    else:
+      piece["segments"].append(0 if padded else 1)
+      piece["positions"].append(0 if padded else t - start)
+      piece["loss_mask"].append(float(after != 0))
+  return piece
 
 
-def test_no_row_beyond_the_last():
-  rows = packing.PackedRows([[1, 2, 3]], 4)
-  for index in (1, -1):
-    with pytest.raises(IndexError):
-      rows[index]
-  assert len(packing.PackedRows([], 4)) == 0
+@pytest.mark.parametrize("separate", [True, False])
+def test_any_piece_of_a_row(separate):
+  R = 12
+  for documents in corpora(R):
+    for row in list(packing.pack(documents, R))[-2:]:
+      for start in range(R):
+        for length in range(1, R - start + 1):
+          got = packing.inputs(row, start, length, separate)
+          want = slow_inputs(row, start, length, separate)
+          assert got.keys() == want.keys()
+          for name, values in want.items():
+            kind = np.float32 if name == "loss_mask" else np.int32
+            assert got[name].dtype == kind, name
+            assert got[name].tolist() == values, name
+  with pytest.raises(ValueError):
+    packing.inputs(row, 1, R, separate)
+
+
+@pytest.mark.parametrize(
+  "share,least", [(0.0, 0.998), (0.9, 0.99), (1.0, 0.985)]
+)
+def test_rows_are_full(share, least):
+  rng = np.random.default_rng(1)
+  R = 256
+  sizes = np.minimum(rng.lognormal(4.5, 1, 4000).astype(int) + 1, 3000)
+  documents = [
+    packing.Document(np.ones(n, np.int32), i, bool(rng.random() < share))
+    for i, n in enumerate(sizes)
+  ]
+  documents = [
+    dataclasses.replace(d, whole=d.whole and len(d.ids) <= R)
+    for d in documents
+    if share < 1 or len(d.ids) <= R
+  ]
+  rows = list(packing.pack(documents, R))
+  used = sum(int((row["segments"] > 0).sum()) for row in rows)
+  fill = used / (len(rows) * (R + 1))
+  print(f"whole {share:.0%}: fill {fill:.4f}")
+  assert fill > least
+
+
+def test_documents_are_read_as_they_are_needed():
+  read = []
+
+  def documents():
+    for index in range(1000):
+      read.append(index)
+      yield packing.Document([1] * 10, index, whole=index % 2 == 0)
+
+  rows = packing.pack(documents(), 100)
+  next(rows)
+  assert len(read) <= packing.WAITING + 20
+
+
+def test_what_cannot_be_packed():
+  assert list(packing.pack([], 4)) == []
+  assert list(packing.pack([packing.Document([], 0, True)], 4)) == []
+  with pytest.raises(errors.ConfigError, match="row_length=0"):
+    next(packing.pack([], 0))
+  long = packing.Document([1] * 5, 7, whole=True)
+  with pytest.raises(errors.ConfigError, match=r"document 7 .* 5 tokens"):
+    next(packing.pack([long], 4))

@@ -1,0 +1,188 @@
+"""Documents of one file, and what in it is none: lines, Parquet, plain text.
+
+Whatever is wrong with a record is handed out in its place, so the caller
+decides how much of it to bear. No record takes more memory than the limit.
+"""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+FORMATS = ("jsonl", "text", "parquet")
+_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
+_PACKED = (".gz", ".zst")
+# What a cut or damaged file raises, whichever way it is packed.
+_DAMAGE = (OSError, EOFError, zlib.error)
+_BUFFER = 1 << 20
+_BATCH = 256  # rows of Parquet at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+  """A record, or a file's rest, that cannot be had.
+
+  Attributes:
+    where: "line 3", "row 7", or "" for the file as a whole.
+    binary: it is no text at all, such as a picture in a folder.
+  """
+
+  where: str
+  problem: str
+  binary: bool = False
+
+  def at(self, path: str | os.PathLike) -> str:
+    """One line for people."""
+    place = f"{path}, {self.where}" if self.where else str(path)
+    return f"{place}: {self.problem}."
+
+
+def format_of(path: pathlib.Path) -> str:
+  """One of FORMATS, by the suffix; what is unknown is text."""
+  suffixes = [s.lower() for s in path.suffixes]
+  while suffixes and suffixes[-1] in _PACKED:
+    suffixes.pop()
+  return _SUFFIXES.get(suffixes[-1] if suffixes else "", "text")
+
+
+class Records:
+  """The records of a file, each a text or Bad, in order.
+
+  Args:
+    path: .gz and .zst are unpacked on the way.
+    format: one of FORMATS; "" goes by the suffix.
+    field: the key or column of the text; a text file has none.
+    limit: most bytes of a record.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    format: str = "",
+    field: str = "text",
+    limit: int = 1 << 30,
+  ):
+    self._path = path
+    self._format = format or format_of(path)
+    self._field = field
+    self._limit = limit
+    self._raw: io.BufferedReader | None = None
+
+  @property
+  def position(self) -> int:
+    """Bytes of the file that have been read."""
+    return self._raw.tell() if self._raw and not self._raw.closed else 0
+
+  def __iter__(self) -> Iterator[str | Bad]:
+    read = {"jsonl": self._lines, "text": self._text, "parquet": self._parquet}
+    try:
+      with open(self._path, "rb") as self._raw:
+        yield from read[self._format]()
+    except _DAMAGE as error:
+      yield _unreadable("", error)
+
+  def _unpacked(self) -> io.BufferedReader:
+    suffix = self._path.suffix.lower()
+    if suffix == ".gz":
+      return io.BufferedReader(gzip.GzipFile(fileobj=self._raw), _BUFFER)
+    if suffix == ".zst":
+      import pyarrow
+
+      return io.BufferedReader(
+        pyarrow.CompressedInputStream(self._raw, "zstd"), _BUFFER
+      )
+    return self._raw
+
+  def _text(self) -> Iterator[str | Bad]:
+    content = self._unpacked().read(self._limit + 1)
+    if len(content) > self._limit:
+      yield too_long("", self._limit)
+      return
+    try:
+      yield content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+      yield Bad("", f"byte {error.start} is not UTF-8 text", binary=True)
+
+  def _lines(self) -> Iterator[str | Bad]:
+    number = 0
+    try:
+      file = self._unpacked()
+      # By bytes: str.splitlines would also cut at U+2028 and its like.
+      while line := file.readline(self._limit + 1):
+        number += 1
+        if len(line) > self._limit and not line.endswith(b"\n"):
+          while line and not line.endswith(b"\n"):
+            line = file.readline(_BUFFER)
+          yield too_long(f"line {number}", self._limit)
+        elif line.strip():
+          yield self._row(line, number)
+    except _DAMAGE as error:
+      yield _unreadable(f"after line {number}", error)
+      return
+    if not number:
+      yield Bad("", "is empty")
+
+  def _row(self, line: bytes, number: int) -> str | Bad:
+    where = f"line {number}"
+    try:
+      row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+      return Bad(where, f"not a JSON object ({error})")
+    if not isinstance(row, dict) or not isinstance(row.get(self._field), str):
+      return Bad(where, f'needs an object with a string "{self._field}"')
+    return _checked(row[self._field], where)
+
+  def _parquet(self) -> Iterator[str | Bad]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+      file = parquet.ParquetFile(self._raw)
+      if self._field not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        yield Bad("", f'has no column "{self._field}"; it has {names}')
+        return
+      for batch in file.iter_batches(_BATCH, columns=[self._field]):
+        for value in batch.column(0):
+          number += 1
+          yield self._value(value, f"row {number}")
+    except (pyarrow.ArrowException, *_DAMAGE) as error:
+      yield _unreadable(f"after row {number}" if number else "", error)
+      return
+    if not number:
+      yield Bad("", "is empty")
+
+  def _value(self, value, where: str) -> str | Bad:
+    try:
+      text = value.as_py()
+    except UnicodeDecodeError as error:
+      return Bad(where, f"byte {error.start} is not UTF-8 text")
+    if not isinstance(text, str):
+      return Bad(where, f'needs a string "{self._field}"')
+    # A character is a byte at least.
+    if len(text) > self._limit:
+      return too_long(where, self._limit)
+    return _checked(text, where)
+
+
+def too_long(where: str, limit: int) -> Bad:
+  return Bad(where, f"longer than the {limit} bytes that are allowed")
+
+
+def _unreadable(where: str, error: Exception) -> Bad:
+  return Bad(where, f"cannot be read ({error}); is it whole?")
+
+
+def _checked(text: str, where: str) -> str | Bad:
+  """Half a surrogate pair passes JSON, and no tokenizer."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    half = text[error.start]
+    return Bad(where, f"half a surrogate pair, {half!a}, is no Unicode text")
+  return text
