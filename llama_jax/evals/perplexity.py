@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from llama_jax import errors
 from llama_jax.model import decoder as decoder_lib
@@ -80,7 +81,7 @@ def pack(cut: Sequence[Window], length: int) -> list[list[Window]]:
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def _token_nll(params, tokens, positions, segments, targets, *, decoder):
-  return decoder.apply(
+  nll_BT = decoder.apply(
     {"params": params},
     tokens,
     positions,
@@ -88,17 +89,28 @@ def _token_nll(params, tokens, positions, segments, targets, *, decoder):
     targets,
     method="token_nll",
   )
+  if jax.sharding.get_abstract_mesh().empty:
+    return nll_BT
+  # Whole on every device, so that each process can read it.
+  return jax.lax.with_sharding_constraint(nll_BT, PartitionSpec())
 
 
 def losses(
-  decoder: decoder_lib.Decoder, params, cut: Sequence[Window], length: int
+  decoder: decoder_lib.Decoder,
+  params,
+  cut: Sequence[Window],
+  length: int,
+  count: int = ROWS,
 ) -> Iterator[tuple[Window, np.ndarray]]:
-  """Each window with its scored tokens' losses in nats."""
+  """Each window with its scored tokens' losses in nats.
+
+  count: rows at once, a multiple of the devices that share a batch.
+  """
   rows = pack(cut, length)
-  for start in range(0, len(rows), ROWS):
-    group = rows[start : start + ROWS]
+  for start in range(0, len(rows), count):
+    group = rows[start : start + count]
     tokens, positions, segments, targets = (
-      np.zeros((ROWS, length), np.int32) for _ in range(4)
+      np.zeros((count, length), np.int32) for _ in range(4)
     )
     places = []
     for row, members in enumerate(group):
@@ -129,16 +141,18 @@ def evaluate(
   window: int,
   stride: int,
   bos: bool,
+  rows: int = ROWS,
 ) -> Iterator[tuple[str, object]]:
   """Yields (name, value): the means over all documents, then each document.
 
   Args:
     decoder: with scan=True.
-    params: stacked.
+    params: stacked; sharded under jax.set_mesh.
     texts: the documents.
     tokenizer: theirs.
     window, stride: see windows.
     bos: begin each window with BOS.
+    rows: see losses.
   """
   if bos and tokenizer.bos_id is None:
     raise errors.UserError("--bos: this tokenizer has no BOS; use --nobos.")
@@ -151,7 +165,7 @@ def evaluate(
   sums = np.zeros(len(ids))
   counts = np.zeros(len(ids), np.int64)
   cut = list(windows(ids, window, stride, tokenizer.bos_id if bos else None))
-  for one, nll in losses(decoder, params, cut, window):
+  for one, nll in losses(decoder, params, cut, window, rows):
     sums[one.document] += nll.sum()
     counts[one.document] += len(nll)
   if not counts.sum():

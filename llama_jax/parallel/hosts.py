@@ -1,6 +1,7 @@
-"""This host: its rows of a batch, and what its devices compute best in."""
+"""This host: its rows of a batch, its memory, what its devices do best."""
 
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -44,3 +45,20 @@ def fastest_dtype() -> str:
   except OSError:  # not Linux
     return "float32"
   return "bfloat16" if "amx_bf16" in features else "float32"
+
+
+def peak_memory() -> int:
+  """The most bytes that were in use at once.
+
+  Of this process's fullest device, or of the process itself on CPU.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [
+    one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one
+  ]
+  if peaks:
+    return max(peaks)
+  import resource
+
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024

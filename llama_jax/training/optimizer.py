@@ -1,4 +1,4 @@
-"""AdamW with warmup, a cosine, global clipping and a decay mask.
+"""AdamW with global clipping and a decay mask.
 
 As LLaMA 1 and 2 train (arXiv:2302.13971, 2.3; arXiv:2307.09288, 2.2).
 """
@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax import errors
+from llama_jax.training import schedule as schedule_lib
+
+MOMENTS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,27 +21,35 @@ class OptimizerConfig:
 
   Attributes:
     peak_lr: learning rate after warmup.
+    schedule: one of schedule.SCHEDULES.
     warmup_steps: steps of linear growth from 0.
-    final_lr_fraction: of the peak, where the cosine ends after the last step.
+    final_lr_fraction: of the peak, where the schedule ends with the run.
+    decay_fraction: of the run, in which "wsd" falls.
     b1, b2, eps: AdamW's.
     weight_decay: applied to matrices only; norms' scales are left alone.
     clip_norm: the gradient's largest global norm.
+    moments_dtype: of Adam's moments at rest, one of MOMENTS. With b2 above 0.99
+      bfloat16 rounds most of the second moment's changes away.
   """
 
   peak_lr: float
+  schedule: str
   warmup_steps: int
   final_lr_fraction: float
+  decay_fraction: float
   b1: float
   b2: float
   eps: float
   weight_decay: float
   clip_norm: float
+  moments_dtype: str
 
   def __post_init__(self):
     for name, low, high in (
       ("peak_lr", 0, float("inf")),
       ("warmup_steps", 0, float("inf")),
       ("final_lr_fraction", 0, 1),
+      ("decay_fraction", 0, 1),
       ("b1", 0, 1),
       ("b2", 0, 1),
       ("eps", 0, float("inf")),
@@ -54,19 +65,15 @@ class OptimizerConfig:
         f"optimizer.clip_norm={self.clip_norm} must be positive; use inf for"
         " no clipping."
       )
-
-
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate by step (0 is the first), over a run of `steps`."""
-  warmup = min(config.warmup_steps, steps)
-  cosine = optax.cosine_decay_schedule(
-    config.peak_lr, max(steps - warmup, 1), alpha=config.final_lr_fraction
-  )
-  # The first step already moves: (step + 1) / warmup of the peak.
-  ramp = optax.linear_schedule(
-    config.peak_lr / max(warmup, 1), config.peak_lr, max(warmup - 1, 1)
-  )
-  return optax.join_schedules([ramp, cosine], [warmup])
+    for name, allowed in (
+      ("schedule", schedule_lib.SCHEDULES),
+      ("moments_dtype", MOMENTS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise errors.ConfigError(
+          f"optimizer.{name}={getattr(self, name)!r} is not known; use one of"
+          f" {', '.join(allowed)}."
+        )
 
 
 def decayed(params):
@@ -78,11 +85,11 @@ def decayed(params):
 
 
 def scale_by_adam(
-  b1: float, b2: float, eps: float
+  b1: float, b2: float, eps: float, dtype: str
 ) -> optax.GradientTransformationExtraArgs:
-  """optax.scale_by_adam whose moments are updated in place.
+  """optax.scale_by_adam whose moments are of dtype and updated in place.
 
-  Its update takes finite=, a bool scalar: where it is false the moments stay
+  Its update takes good=, a bool scalar: where it is false the moments stay
   bitwise as they were. Both are decided in one pass, and the barrier makes the
   step's direction read the new moments. Otherwise XLA computes it from the old
   ones, and must copy all of them first: 1 GB and its traffic for 135M
@@ -90,29 +97,37 @@ def scale_by_adam(
   """
   adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-  def update(gradients, state, params=None, *, finite=True, **others):
+  def cast(state, to):
+    mu, nu = optax.tree.cast((state.mu, state.nu), to)
+    return state._replace(mu=mu, nu=nu)
+
+  def init(params):
+    return cast(adam.init(params), dtype)
+
+  def update(gradients, state, params=None, *, good=True, **others):
     del others
-    _, new = adam.update(gradients, state, params)
+    _, new = adam.update(gradients, cast(state, jnp.float32), params)
     new = jax.lax.optimization_barrier(
-      jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+      jax.tree.map(lambda n, o: jnp.where(good, n, o), cast(new, dtype), state)
     )
     # A first step that is skipped leaves the count at 0, and 0 / 0 behind.
     count = jnp.maximum(new.count, 1)
-    mu = optax.tree.bias_correction(new.mu, b1, count)
-    nu = optax.tree.bias_correction(new.nu, b2, count)
+    mu, nu = optax.tree.cast((new.mu, new.nu), jnp.float32)
+    mu = optax.tree.bias_correction(mu, b1, count)
+    nu = optax.tree.bias_correction(nu, b2, count)
     direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
     return direction, new
 
-  return optax.GradientTransformationExtraArgs(adam.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
-def make(
-  config: OptimizerConfig, steps: int
-) -> optax.GradientTransformationExtraArgs:
-  """The whole chain: clip, Adam, decay, rate. Its update takes finite=."""
+def make(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+  """Clip, Adam, decay: the direction of a step, before the learning rate.
+
+  Its update takes good=, see scale_by_adam.
+  """
   return optax.chain(
     optax.clip_by_global_norm(config.clip_norm),
-    scale_by_adam(config.b1, config.b2, config.eps),
+    scale_by_adam(config.b1, config.b2, config.eps, config.moments_dtype),
     optax.add_decayed_weights(config.weight_decay, decayed),
-    optax.scale_by_learning_rate(schedule(config, steps)),
   )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.parallel import rules
+from llama_jax.training import guard as guard_lib
 
 
 @flax.struct.dataclass
@@ -18,13 +19,13 @@ class TrainState:
   step: updates tried so far, an int32 scalar; also the data position.
   params: float32 master weights.
   opt_state: optax's.
-  skipped: updates left out because something was not finite.
+  guard: what was left out, and what is usual.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
-  skipped: jax.Array
+  guard: guard_lib.Guard
 
 
 def create(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -33,7 +34,7 @@ def create(params, optimizer: optax.GradientTransformation) -> TrainState:
     step=jnp.int32(0),
     params=params,
     opt_state=optimizer.init(params),
-    skipped=jnp.int32(0),
+    guard=guard_lib.create(),
   )
 
 

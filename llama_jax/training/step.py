@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama_jax.training import guard as guard_lib
 from llama_jax.training import state as state_lib
 
 
 def accumulate(objective: Callable, params, microbatches, frozen=None):
-  """Loss sum, token count and gradient sum over [A, B, ...] microbatches.
+  """((loss sum, (token count, sums)), gradient sum) over [A, B, ...].
 
   Sums, not means: k microbatches give what one batch of all rows gives.
   """
   grad = jax.value_and_grad(objective, has_aux=True)
 
   def one(batch):
-    (total, (count, _)), gradients = grad(params, batch, frozen)
-    return total, count, gradients
+    return grad(params, batch, frozen)
 
   first = jax.tree.map(lambda a: a[0], microbatches)
   if jax.tree.leaves(microbatches)[0].shape[0] == 1:
@@ -36,56 +36,109 @@ def accumulate(objective: Callable, params, microbatches, frozen=None):
 def make(
   objective: Callable,
   optimizer: optax.GradientTransformationExtraArgs,
-  schedule: optax.Schedule,
+  spike_factor: float,
+  layer_norms: bool = False,
 ) -> Callable:
-  """(state, microbatches, frozen) -> (state, metrics), to be jitted.
+  """(state, microbatches, learning_rate, frozen) -> (state, metrics).
 
-  A step whose loss or gradient is not finite leaves params and moments bitwise
-  as they were; it is counted in state.skipped. Metrics: loss (nats a token),
-  grad_norm (before clipping), learning_rate, tokens (that were scored),
-  skipped (in all).
+  To be jitted. A step that guard.judge refuses leaves params and moments
+  bitwise as they were; state.guard counts it.
+
+  Args:
+    objective: see objectives/next_token.py.
+    optimizer: gives a direction, see optimizer.make.
+    spike_factor: see guard.judge.
+    layer_norms: give the norms of every array's gradient and params too.
+
+  Metrics: loss (what is minimised, a mean over scored tokens), grad_norm
+  (before clipping), param_norm, tokens (that were scored), skipped (in all),
+  skipped_in_row, gradient_hash (uint32 [2], see checksum). For each pair of
+  sums that the objective names, NAME_loss and NAME_tokens: mean and count.
   """
 
-  def update(state: state_lib.TrainState, microbatches, frozen=None):
-    total, count, gradients = accumulate(
+  def update(
+    state: state_lib.TrainState, microbatches, learning_rate, frozen=None
+  ):
+    (total, (count, sums)), gradients = accumulate(
       objective, state.params, microbatches, frozen
     )
     count = jnp.maximum(count, 1)
     loss = total / count
     gradients = jax.tree.map(lambda g: g / count, gradients)
     norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good, guard = guard_lib.judge(state.guard, loss, norm, spike_factor)
 
     def choose(new, old):
-      return jnp.where(finite, new, old)
+      return jnp.where(good, new, old)
 
-    updates, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params, finite=finite
+    direction, opt_state = optimizer.update(
+      gradients, state.opt_state, state.params, good=good
     )
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(
+      lambda p, d: choose(p - learning_rate * d, p), state.params, direction
+    )
     new = state_lib.TrainState(
       step=state.step + 1,
-      params=jax.tree.map(choose, params, state.params),
+      params=params,
       # The moments are kept by the optimizer itself, the counters here.
       opt_state=jax.tree.map(
         lambda new, old: new if new.ndim else choose(new, old),
         opt_state,
         state.opt_state,
       ),
-      skipped=state.skipped + jnp.where(finite, 0, 1),
+      guard=guard,
     )
     metrics = {
       "loss": loss,
       "grad_norm": norm,
-      "learning_rate": schedule(_updates(state)),
+      "param_norm": optax.global_norm(params),
       "tokens": count,
-      "skipped": new.skipped,
+      "skipped": guard.skipped,
+      "skipped_in_row": guard.in_row,
+      "gradient_hash": checksum(gradients),
     }
+    for name, (part, tokens) in sums.items():
+      metrics[f"{name}_loss"] = part / jnp.maximum(tokens, 1)
+      metrics[f"{name}_tokens"] = tokens
+    if layer_norms:
+      metrics["layer_grad_norms"] = _norms(gradients)
+      metrics["layer_param_norms"] = _norms(params)
     return new, metrics
 
   return update
 
 
-def _updates(state: state_lib.TrainState) -> jax.Array:
-  """Updates made: a skipped step does not move the schedule either."""
-  return state.step - state.skipped
+def checksum(tree) -> jax.Array:
+  """Two words, uint32 [2], that change with any bit of a tree of float32.
+
+  Sums of all words, each times a number of its place, modulo 2^32: in whole
+  numbers, so that no order of summing, on any mesh, gives another.
+  """
+  total = jnp.zeros(2, jnp.uint32)
+  for number, leaf in enumerate(jax.tree.leaves(tree), start=1):
+    words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(leaf.ndim)):
+      index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      place = place + index * jnp.uint32(stride % 2**32)
+      stride *= leaf.shape[axis]
+    # Odd factors lose no bit; mixing the word keeps its high bits in play.
+    one = jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+    two = jnp.sum(
+      (words ^ (words >> 15)) * (place * jnp.uint32(0x9E3779B2) + 1),
+      dtype=jnp.uint32,
+    )
+    total = (total + jnp.stack([one, two])) * jnp.uint32(2 * number + 1)
+  return total
+
+
+def _norms(tree):
+  """The norm of each array, by path; of stacked layers, of each layer."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  norms = {}
+  for path, leaf in flat:
+    names = [key.key for key in path]
+    axes = tuple(range(1 if names[0] == "layers" else 0, leaf.ndim))
+    norms["/".join(names)] = jnp.sqrt(jnp.sum(jnp.square(leaf), axis=axes))
+  return norms

@@ -14,6 +14,7 @@ from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 from llama_jax.objectives import next_token
 from llama_jax.parallel import hosts, mesh
+from llama_jax.training import guard as guard_lib
 from llama_jax.training import optimizer as optimizer_lib
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
@@ -23,13 +24,16 @@ DECODER = decoder_lib.Decoder(NANO)
 # No clipping: after one step, Adam's first moment is the gradient times 1 - b1.
 RECIPE = optimizer_lib.OptimizerConfig(
   peak_lr=1e-2,
+  schedule="cosine",
   warmup_steps=0,
   final_lr_fraction=1.0,
+  decay_fraction=0.0,
   b1=0.5,
   b2=0.9,
   eps=1e-8,
   weight_decay=0.1,
   clip_norm=float("inf"),
+  moments_dtype="float32",
 )
 # Written out by hand, not through parallel/rules.py.
 EXPECTED = {
@@ -62,11 +66,12 @@ def make_batch():
     "positions": positions,
     "segments": segments,
     "loss_mask": mask.astype(np.float32),
+    "sources": rng.integers(2, size=shape[:2], dtype=np.int32),
   }
 
 
 def loss_sum(params, *args):
-  return DECODER.apply({"params": params}, *args, method="loss_sum")
+  return DECODER.apply({"params": params}, *args, 0.0, method="loss_sum")
 
 
 @functools.cache
@@ -76,25 +81,21 @@ def one_update(data, fsdp, tensor, params_of):
   devices = mesh.make(
     mesh.ParallelConfig(data, fsdp, tensor), jax.devices()[:count]
   )
-  optimizer = optimizer_lib.make(RECIPE, 10)
+  optimizer = optimizer_lib.make(RECIPE)
   init = functools.partial(decoder_lib.init, DECODER)
   with jax.set_mesh(devices):
     _, placed = state_lib.shardings(init, optimizer, devices)
     params = params_of(NANO)
     shapes = jax.eval_shape(lambda: optimizer.init(params))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    state = state_lib.TrainState(np.int32(0), params, zeros, np.int32(0))
+    state = state_lib.TrainState(np.int32(0), params, zeros, guard_lib.create())
     state = jax.device_put(state, placed)
     update = jax.jit(
-      step_lib.make(
-        next_token.make(loss_sum),
-        optimizer,
-        optimizer_lib.schedule(RECIPE, 10),
-      ),
+      step_lib.make(next_token.make(loss_sum, 2), optimizer, spike_factor=0),
       out_shardings=(placed, None),
     )
     batch = hosts.put_batch(make_batch(), devices, axis=1)
-    state, metrics = update(state, batch)
+    state, metrics = update(state, batch, np.float32(RECIPE.peak_lr))
   return devices, state, metrics
 
 
@@ -111,6 +112,9 @@ def test_loss_and_gradients_equal_one_device(sizes, random_params):
   _, want, want_metrics = one_update(1, 1, 1, random_params)
   for name in ("loss", "grad_norm", "tokens"):
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6)
+  for name in ("source_loss", "source_tokens"):
+    assert metrics[name].shape == (2,)
+    np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-5)
   ours, theirs = (names.flatten(adam(s).mu) for s in (state, want))
   for path in EXPECTED:
     scale = np.abs(theirs[path]).max()

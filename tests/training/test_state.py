@@ -28,13 +28,14 @@ def test_shapes_and_shardings_match_the_state(random_params):
   ):
     assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
   # Scalars are everywhere.
-  assert placed.step.is_fully_replicated and placed.skipped.is_fully_replicated
+  assert placed.step.is_fully_replicated
+  assert placed.guard.norm.is_fully_replicated
 
 
 def test_a_fresh_state_has_done_nothing():
   params = {"kernel": np.ones(3, np.float32)}
   state = state_lib.create(params, optax.adamw(1e-3))
-  assert (state.step, state.skipped) == (0, 0)
+  assert (state.step, state.guard.skipped, state.guard.seen) == (0, 0, 0)
   assert state.params is params
   for leaf in jax.tree.leaves(state.opt_state):
     assert not np.any(leaf)

@@ -13,21 +13,25 @@ from llama_jax.checkpoint import names
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 from llama_jax.objectives import next_token
+from llama_jax.parallel import mesh
+from llama_jax.training import guard as guard_lib
 from llama_jax.training import optimizer as optimizer_lib
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
 
 RECIPE = optimizer_lib.OptimizerConfig(
   peak_lr=1e-2,
+  schedule="cosine",
   warmup_steps=2,
   final_lr_fraction=0.1,
+  decay_fraction=0.0,
   b1=0.9,
   b2=0.95,
   eps=1e-8,
   weight_decay=0.1,
   clip_norm=1.0,
+  moments_dtype="float32",
 )
-STEPS = 10
 
 
 def line(params, batch, frozen=None):
@@ -35,6 +39,12 @@ def line(params, batch, frozen=None):
   error = batch["x"] @ params["kernel"] - batch["y"]
   total = jnp.sum(error**2 * batch["mask"])
   return total, (batch["mask"].sum(), {})
+
+
+def scaled(params, batch, frozen=None):
+  """The same, its loss and gradient times what the batch says."""
+  total, aux = line(params, batch)
+  return total * batch["by"].mean(), aux
 
 
 def line_case(rows=12):
@@ -55,10 +65,11 @@ def split(batch, parts):
   return jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[2:]), batch)
 
 
-def make_update(recipe=RECIPE, objective=line):
-  optimizer = optimizer_lib.make(recipe, STEPS)
-  schedule = optimizer_lib.schedule(recipe, STEPS)
-  return optimizer, jax.jit(step_lib.make(objective, optimizer, schedule))
+def make_update(recipe=RECIPE, objective=line, spike_factor=0):
+  """(optimizer, (state, batch) -> (state, metrics)) at the peak rate."""
+  optimizer = optimizer_lib.make(recipe)
+  update = jax.jit(step_lib.make(objective, optimizer, spike_factor))
+  return optimizer, lambda *args: update(*args, np.float32(recipe.peak_lr))
 
 
 def adam(opt_state):
@@ -109,17 +120,26 @@ def test_microbatches_of_the_model_equal_one_batch(random_params):
     "positions": np.tile(np.arange(T, dtype=np.int32), (1, B, 1)),
     "segments": np.ones_like(ids),
     "loss_mask": mask,
+    "sources": np.array([[2, 0, 2, 0]], np.int32),
   }
   objective = next_token.make(
     lambda params, *args: decoder.apply(
-      {"params": params}, *args, method="loss_sum"
-    )
+      {"params": params}, *args, 0.0, method="loss_sum"
+    ),
+    num_sources=3,
   )
   accumulate = jax.jit(functools.partial(step_lib.accumulate, objective))
-  total, count, gradients = accumulate(params, split(batch, 4))
-  want_total, want_count, want = accumulate(params, batch)
+  (total, (count, sums)), gradients = accumulate(params, split(batch, 4))
+  (want_total, (want_count, _)), want = accumulate(params, batch)
   assert count == want_count == 23
   np.testing.assert_allclose(total, want_total, rtol=1e-6)
+  # Rows 1 and 3 are source 0's, rows 0 and 2 source 2's.
+  losses, tokens = sums["source"]
+  assert tokens.tolist() == [12 + 7, 0, 1 + 3]
+  for source, rows in ((0, [1, 3]), (2, [0, 2])):
+    alone = jax.tree.map(lambda a, r=rows: a[:, r], batch)
+    (part, _), _ = accumulate(params, alone)
+    np.testing.assert_allclose(losses[source], part, rtol=1e-5)
   want = names.flatten(want)
   for path, gradient in names.flatten(gradients).items():
     scale = np.abs(want[path]).max()
@@ -143,14 +163,14 @@ def test_a_step_that_is_not_finite_changes_nothing(poison):
   after, metrics = update(state, bad)
   assert bits(after.params) == bits(state.params)
   assert bits(after.opt_state) == bits(state.opt_state)
-  assert (int(after.step), int(after.skipped)) == (2, 1)
-  assert metrics["skipped"] == 1
-  # It also leaves the schedule where it was, and the next step goes on.
+  assert (int(after.step), int(after.guard.skipped)) == (2, 1)
+  assert metrics["skipped"] == metrics["skipped_in_row"] == 1
+  # And the next step goes on as if it had not been.
   good, metrics = update(after, batch)
-  want, want_metrics = update(state, batch)
+  want, _ = update(state, batch)
   assert bits(good.params) == bits(want.params)
-  assert metrics["learning_rate"] == want_metrics["learning_rate"]
-  assert (int(good.step), int(good.skipped)) == (3, 1)
+  assert (int(good.step), int(good.guard.skipped)) == (3, 1)
+  assert metrics["skipped_in_row"] == 0
 
 
 def test_clipping():
@@ -175,5 +195,124 @@ def test_a_batch_without_scored_tokens_is_no_division_by_zero():
   optimizer, update = make_update()
   batch["mask"][:] = 0
   state, metrics = update(state_lib.create(params, optimizer), batch)
-  assert metrics["loss"] == 0 and state.skipped == 0
+  assert metrics["loss"] == 0 and state.guard.skipped == 0
   assert np.isfinite(state.params["kernel"]).all()
+
+
+@pytest.mark.parametrize("factor", [0, 10.0])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_spike_is_left_out(factor, microbatches):
+  """R9: a hundred times the usual loss and gradient, in one microbatch."""
+  params, batch = line_case()
+  optimizer, update = make_update(objective=scaled, spike_factor=factor)
+  batch = split(batch, microbatches)
+  batch["by"] = np.ones((microbatches, 1), np.float32)
+  state = state_lib.create(params, optimizer)
+  for _ in range(guard_lib.FIRST + 2):
+    state, metrics = update(state, batch)
+  assert metrics["skipped"] == 0
+  spike = dict(batch, by=batch["by"].copy())
+  spike["by"][-1] = 100
+  before, counts = bits((state.params, state.opt_state)), []
+  for one in (spike, spike, batch):
+    state, metrics = update(state, one)
+    counts.append((int(metrics["skipped"]), int(metrics["skipped_in_row"])))
+    if factor and one is spike:
+      assert bits((state.params, state.opt_state)) == before
+  assert counts == ([(1, 1), (2, 2), (2, 0)] if factor else [(0, 0)] * 3)
+  assert bits(state.params) != before[: len(bits(state.params))]
+
+
+def test_what_is_usual_is_a_trailing_mean():
+  """Against the mean of the first, then NumPy's exponential one."""
+  guard, usual = guard_lib.create(), 0.0
+  rng = np.random.default_rng(0)
+  for seen in range(120):
+    loss = 2 + rng.random()
+    good, guard = guard_lib.judge(
+      guard, jnp.float32(loss), jnp.float32(1.0), 10.0
+    )
+    assert good
+    share = max(1 / (seen + 1), 0.02)
+    usual = (1 - share) * usual + share * loss
+    np.testing.assert_allclose(guard.loss, usual, rtol=1e-5)
+  np.testing.assert_allclose(guard.norm, 1.0, rtol=1e-5)
+  for loss, norm, want in (
+    (24.0, 1.0, True),
+    (26.0, 1.0, False),
+    (2.0, 9.9, True),
+    (2.0, 10.2, False),
+    (np.nan, 1.0, False),
+    (2.0, np.inf, False),
+  ):
+    good, after = guard_lib.judge(
+      guard, jnp.float32(loss), jnp.float32(norm), 10.0
+    )
+    assert bool(good) == want, (loss, norm)
+    if not want:
+      assert (after.loss, after.norm, after.seen) == (
+        guard.loss,
+        guard.norm,
+        guard.seen,
+      )
+
+
+def test_the_checksum_sees_every_bit():
+  rng = np.random.default_rng(0)
+  tree = {
+    "a": rng.normal(size=(3, 4)).astype(np.float32),
+    "b": rng.normal(size=7).astype(np.float32),
+  }
+  known = {tuple(map(int, jax.jit(step_lib.checksum)(tree)))}
+  for name, leaf in tree.items():
+    for place in range(leaf.size):
+      for bit in (0, 5, 22, 31):
+        words = leaf.copy().view(np.uint32)
+        words.flat[place] ^= np.uint32(1 << bit)
+        changed = tree | {name: words.view(np.float32)}
+        known.add(tuple(map(int, step_lib.checksum(changed))))
+  assert len(known) == 1 + 4 * (12 + 7)
+  # Two values that change places, and two arrays.
+  swapped = tree | {"b": tree["b"][[1, 0, 2, 3, 4, 5, 6]]}
+  known.add(tuple(map(int, step_lib.checksum(swapped))))
+  twins = {"a": tree["b"], "b": tree["b"][::-1].copy()}
+  known.add(tuple(map(int, step_lib.checksum(twins))))
+  twins = {"a": twins["b"], "b": twins["a"]}
+  known.add(tuple(map(int, step_lib.checksum(twins))))
+  assert len(known) == 1 + 4 * (12 + 7) + 3
+
+
+def test_the_checksum_is_the_same_on_any_mesh():
+  devices = mesh.make(mesh.ParallelConfig(2, 2, 2))
+  leaf = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+  want = jax.jit(step_lib.checksum)({"a": leaf})
+  for spec in (("fsdp", "tensor"), (("data", "fsdp"), None), (None, "tensor")):
+    placed = jax.device_put(leaf, jax.NamedSharding(devices, jax.P(*spec)))
+    got = jax.jit(step_lib.checksum)({"a": placed})
+    np.testing.assert_array_equal(got, want)
+
+
+def test_layer_norms_are_told_on_request():
+  params, batch = line_case()
+  params = {"kernel": params["kernel"], "layers": {"x": jnp.ones((2, 3))}}
+
+  def objective(params, batch, frozen=None):
+    total, aux = line(params, batch)
+    weight = jnp.array([[1.0], [4.0]])
+    return total + 7 * jnp.sum(weight * params["layers"]["x"]), aux
+
+  optimizer = optimizer_lib.make(RECIPE)
+  update = jax.jit(step_lib.make(objective, optimizer, 0, layer_norms=True))
+  _, metrics = update(
+    state_lib.create(params, optimizer), batch, np.float32(0.0)
+  )
+  # Seven scored rows divide it again.
+  np.testing.assert_allclose(
+    metrics["layer_grad_norms"]["layers/x"],
+    np.sqrt(3) * np.array([1, 4]),
+    rtol=1e-6,
+  )
+  np.testing.assert_allclose(
+    metrics["layer_param_norms"]["layers/x"], np.sqrt([3, 3]), rtol=1e-6
+  )
+  assert metrics["layer_grad_norms"]["kernel"].shape == ()
