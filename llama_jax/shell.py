@@ -149,21 +149,26 @@ def keys(config, prefix: str = "") -> list[str]:
 def section(cls: type, values, name: str):
   """A ConfigDict's section as the frozen dataclass that it configures.
 
-  Raises ConfigError where a field is missing or is not one of the class.
+  name: as the config has it; "" for the config itself. Raises ConfigError
+  where a field is missing or is not one of the class.
   """
+  place = f"config.{name}." if name else "config."
   names = [field.name for field in dataclasses.fields(cls)]
-  given = dict(values.items())
+  given = {
+    key: value.to_dict() if hasattr(value, "to_dict") else value
+    for key, value in values.items()
+  }
   for key in given:
     if key not in names:
       nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
       raise errors.ConfigError(
-        f"config.{name}.{key} is not a knob; the nearest is"
-        f" config.{name}.{nearest}. There are: {', '.join(names)}."
+        f"{place}{key} is not a knob; the nearest is {place}{nearest}. There"
+        f" are: {', '.join(names)}."
       )
   missing = [key for key in names if key not in given]
   if missing:
     raise errors.ConfigError(
-      f"the config lacks {', '.join(f'config.{name}.{m}' for m in missing)}."
+      f"the config lacks {', '.join(place + m for m in missing)}."
     )
   return cls(**given)
 

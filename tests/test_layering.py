@@ -25,9 +25,19 @@ BELOW = {
   # Nouns that live on top, for verbs and notebooks.
   "llama": {"checkpoint", "decoding", "model", "text"},
   "shell": {"checkpoint"},
+  "experiment": {
+    "checkpoint",
+    "data",
+    "evals",
+    "model",
+    "parallel",
+    "shell",
+    "text",
+    "training",
+  },
   "__init__": {"llama", "text"},
 }
-TOP_NOUNS = {"__init__", "errors", "llama", "shell"}
+TOP_NOUNS = {"__init__", "errors", "experiment", "llama", "shell"}
 VERBS = {p.stem for p in PACKAGE.glob("*.py")} - TOP_NOUNS
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

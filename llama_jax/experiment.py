@@ -1,0 +1,371 @@
+"""What a training config means: its sections, checked, and what they name."""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from llama_jax import checkpoint, errors, shell, text
+from llama_jax.checkpoint import store
+from llama_jax.data import batches, sources
+from llama_jax.data import ramp as ramp_lib
+from llama_jax.evals import settings as evals_settings
+from llama_jax.model import config as config_lib
+from llama_jax.model import sizes
+from llama_jax.parallel import mesh
+from llama_jax.text import folder as folder_lib
+from llama_jax.text import infill, sentencepiece_bpe, train_sentencepiece
+from llama_jax.training import metrics, schedule
+from llama_jax.training import optimizer as optimizer_lib
+
+# A tokenizer for a dry run is trained on no more text than this.
+TOKENIZER_BYTES = 20_000_000
+# Shares of the letters that it may try to give a piece of their own.
+COVERAGES = (train_sentencepiece.COVERAGE, 0.999, 0.99, 0.97, 0.95, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Which model and how it computes.
+
+  Attributes:
+    size: a name of model/sizes.py, or "" where init says it.
+    dtype: of computation, see model/decoder.py; "auto" is what the devices
+      are fastest in. Params and optimizer are float32 whatever it is.
+    attention, rematerialise: see model/decoder.py.
+    vocab_size, rope_theta, context_length: what init's become, as Code Llama
+      changes Llama 2's; 0 leaves them.
+  """
+
+  size: str
+  dtype: str
+  attention: str
+  rematerialise: str
+  vocab_size: int
+  rope_theta: float
+  context_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """How long, how much at once, and what is not put up with.
+
+  Attributes:
+    steps: updates in all.
+    batch_size: sequences of an update, over all devices and microbatches.
+    accumulation: microbatches that an update is summed over.
+    ramp: what batch_size, sequence_length and accumulation grow to: dicts of
+      those three and from_tokens, see data/ramp.py.
+    z_loss: weight of log(Z)^2 beside each token's loss (arXiv:2204.02311).
+    spike_factor: a step whose loss or gradient norm is so many times its
+      trailing mean is left out; 0 leaves out only what is not finite.
+    max_skipped: steps left out in a row that stop the run.
+    seed: of fresh params.
+  """
+
+  steps: int
+  batch_size: int
+  accumulation: int
+  ramp: tuple[dict[str, int], ...]
+  z_loss: float
+  spike_factor: float
+  max_skipped: int
+  seed: int
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "accumulation", "max_skipped"):
+      if getattr(self, name) < 1:
+        raise errors.ConfigError(
+          f"training.{name}={getattr(self, name)} must be 1 or more."
+        )
+    if self.batch_size % self.accumulation:
+      raise errors.ConfigError(
+        f"training.accumulation={self.accumulation} does not divide"
+        f" training.batch_size={self.batch_size};"
+        f" use one of {mesh.divisors(self.batch_size)}."
+      )
+    if not 0 <= self.z_loss < float("inf"):
+      raise errors.ConfigError(
+        f"training.z_loss={self.z_loss} must be 0 or more; 1e-4 is usual."
+      )
+    if self.spike_factor and not self.spike_factor > 1:
+      raise errors.ConfigError(
+        f"training.spike_factor={self.spike_factor} must be above 1, or 0 for"
+        " none."
+      )
+    names = {field.name for field in dataclasses.fields(ramp_lib.Stage)}
+    for stage in self.ramp:
+      if set(stage) != names:
+        raise errors.ConfigError(
+          f"training.ramp: a stage has {sorted(stage)}, but needs"
+          f" {sorted(names)}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save, and what stays.
+
+  Attributes:
+    every: steps between two.
+    keep: the newest so many stay.
+    keep_every: so does every step that it divides; 0 for none.
+    pinned: and these steps.
+  """
+
+  every: int
+  keep: int
+  keep_every: int
+  pinned: tuple[int, ...]
+
+  def __post_init__(self):
+    for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+      if getattr(self, name) < least:
+        raise errors.ConfigError(
+          f"checkpoint.{name}={getattr(self, name)} must be {least} or more."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A whole run. init: a checkpoint reference to start from, or None."""
+
+  init: str | None
+  model: ModelConfig
+  parallel: mesh.ParallelConfig
+  data: batches.DataConfig
+  training: TrainingConfig
+  optimizer: optimizer_lib.OptimizerConfig
+  checkpoint: CheckpointConfig
+  evaluation: evals_settings.EvaluationConfig
+  metrics: metrics.MetricsConfig
+
+
+def read(config) -> Experiment:
+  """The dataclasses behind a ConfigDict; raises ConfigError."""
+  sections = {
+    field.name: field.type
+    for field in dataclasses.fields(Experiment)
+    if dataclasses.is_dataclass(field.type)
+  }
+  given = dict(config.items())
+  unknown = sorted(set(given) - set(sections) - {"init"})
+  missing = sorted(set(sections) - set(given))
+  if unknown or missing:
+    raise errors.ConfigError(
+      f"the config has unknown sections {unknown} and lacks {missing};"
+      f" it takes init, {', '.join(sections)}."
+    )
+  return Experiment(
+    init=given.get("init") or None,
+    **{
+      name: shell.section(cls, given[name], name)
+      for name, cls in sections.items()
+    },
+  )
+
+
+def describe(config) -> str:
+  """A ConfigDict and what made the run, as the JSON of config.json."""
+  import importlib.metadata
+
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  made_by = {
+    "git": _git("rev-parse", "HEAD"),
+    "changed_files": len(_git("status", "--porcelain").splitlines()),
+    "python": platform.python_version(),
+    "versions": {name: importlib.metadata.version(name) for name in names},
+    "command": sys.argv,
+  }
+  return json.dumps(
+    config.to_dict() | {"made_by": made_by}, indent=2, default=str
+  )
+
+
+def read_described(folder: pathlib.Path):
+  """The ConfigDict that `describe` wrote in a run's folder."""
+  import ml_collections
+
+  file = folder / "config.json"
+  try:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("made_by", None)
+    return ml_collections.ConfigDict(values)
+  except (OSError, ValueError, AttributeError) as error:
+    raise errors.BadFileError(
+      f"{file}: not the config of a run ({error}); give --config=FILE, or the"
+      " --workdir of a run."
+    ) from error
+
+
+def _git(*words: str) -> str:
+  """What git says of the source this is; nothing where it is no clone."""
+  here = pathlib.Path(__file__).parent
+  try:
+    done = subprocess.run(
+      ["git", "-C", here, *words], capture_output=True, text=True, timeout=10
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  return done.stdout.strip() if not done.returncode else ""
+
+
+def choose_model(
+  experiment: Experiment, folder: pathlib.Path
+) -> tuple[config_lib.LlamaConfig, Any]:
+  """The LlamaConfig and tokenizer: of the run so far, of init, or by name."""
+  size, init = experiment.model.size, experiment.init
+  if (folder / "model.json").is_file():
+    saved = f"orbax:{folder}"
+    config = store.read_model_config(folder)
+    tokenizer = store.read_model_tokenizer(folder)
+  elif init:
+    saved = init
+    config = checkpoint.read_config(init, "--config.init")
+    tokenizer = checkpoint.read_tokenizer(init, "--config.init")
+  elif size:
+    saved, config, tokenizer = "", sizes.get(size), None
+  else:
+    raise errors.ConfigError(
+      "there is no model: give --config.init=REF to go on from a checkpoint, or"
+      f" --config.model.size, one of {', '.join(sizes.SIZES)}."
+    )
+  if size and sizes.get(size) != config:
+    raise errors.ConfigError(
+      f"--config.model.size={size} is not the size of {saved}; leave it empty."
+    )
+  if saved == init:
+    config = _changed(experiment.model, config)
+  return config, _choose_tokenizer(experiment.data, config, tokenizer)
+
+
+def _changed(
+  model: ModelConfig, config: config_lib.LlamaConfig
+) -> config_lib.LlamaConfig:
+  names = ("vocab_size", "rope_theta", "context_length")
+  wanted = {n: getattr(model, n) for n in names if getattr(model, n)}
+  if wanted.get("vocab_size", config.vocab_size) < config.vocab_size:
+    raise errors.ConfigError(
+      f"model.vocab_size={model.vocab_size} is below the {config.vocab_size}"
+      " that --config.init has; words can be added, not taken away."
+    )
+  return dataclasses.replace(config, **wanted)
+
+
+def _choose_tokenizer(data: batches.DataConfig, config, saved):
+  """The one that is named, else saved, else the prepared folder's."""
+  place = data.tokenizer
+  if place == "train":
+    return saved or _train_tokenizer(data, config.vocab_size)
+  if place:
+    return text.load_tokenizer(place)
+  if saved is not None:
+    return saved
+  if data.prepared and (pathlib.Path(data.prepared) / "tokenizer").is_dir():
+    return text.load_tokenizer(pathlib.Path(data.prepared) / "tokenizer")
+  raise errors.ConfigError(
+    "there is no tokenizer: give --config.data.tokenizer=PATH, or"
+    " --config.data.tokenizer=train to train one on --config.data.text."
+  )
+
+
+def _train_tokenizer(data: batches.DataConfig, vocab_size: int):
+  """A SentencePiece of the model's vocabulary, for dry runs on any text."""
+  if not data.text:
+    raise errors.ConfigError(
+      "data.tokenizer=train needs --config.data.text; a prepared folder has its"
+      " own: leave data.tokenizer empty."
+    )
+  print(f"tokenizer  training {vocab_size:,} pieces on {data.text}", flush=True)
+  kept, size = [], 0
+  for _, document in sources.stream(data.text):
+    kept += train_sentencepiece.sentences(document)
+    size += len(document.encode())
+    if size > TOKENIZER_BYTES:
+      break
+  special = infill.CODE_LLAMA if data.infill_rate else ()
+  for coverage in COVERAGES:
+    try:
+      model = train_sentencepiece.train(kept, vocab_size, coverage, special)
+      break
+    except errors.UserError as error:
+      # Too few pieces for this text's letters: bytes spell the rarest.
+      if coverage == COVERAGES[-1]:
+        raise errors.ConfigError(f"data.tokenizer=train: {error}") from error
+  # What a folder without any other file says.
+  with tempfile.TemporaryDirectory() as empty:
+    settings = folder_lib.read_settings(pathlib.Path(empty))
+  return sentencepiece_bpe.from_model(model, str(data.text), settings)
+
+
+def make_ramp(experiment: Experiment, row_length: int | None) -> ramp_lib.Ramp:
+  """Its batches by step; row_length of prepared data, None for data.text."""
+  training, data = experiment.training, experiment.data
+  first = ramp_lib.Stage(
+    from_tokens=0,
+    batch_size=training.batch_size,
+    sequence_length=data.sequence_length,
+    accumulation=training.accumulation,
+  )
+  stages = [first, *(ramp_lib.Stage(**stage) for stage in training.ramp)]
+  longest = max(stage.sequence_length for stage in stages)
+  if row_length is not None and row_length < longest:
+    raise errors.ConfigError(
+      f"data.sequence_length={longest} is longer than the rows of"
+      f" {row_length} tokens in data.prepared={data.prepared}; prepare it with"
+      f" row_length={longest}, or use {row_length} or less."
+    )
+  return ramp_lib.Ramp(stages, row_length or longest)
+
+
+def check(
+  experiment: Experiment,
+  config: config_lib.LlamaConfig,
+  tokenizer,
+  ramp: ramp_lib.Ramp,
+  num_devices: int,
+) -> None:
+  """Refuses, before any compile, what cannot work together."""
+  parallel = experiment.parallel.resolve(num_devices)
+  for stage in ramp.stages:
+    rows = stage.batch_size // stage.accumulation
+    mesh.check(
+      parallel,
+      {
+        "tensor": {
+          "model.num_kv_heads": config.num_kv_heads,
+          "model.num_heads": config.num_heads,
+          "model.mlp_dim": config.mlp_dim,
+          "model.vocab_size": config.vocab_size,
+        },
+        "fsdp": {"model.embed_dim": config.embed_dim},
+        "batch": {"training.batch_size / training.accumulation": rows},
+      },
+    )
+    if stage.sequence_length > config.context_length:
+      raise errors.ConfigError(
+        f"data.sequence_length={stage.sequence_length} is longer than the"
+        f" model's context of {config.context_length}; use that or less."
+      )
+  if tokenizer.vocab_size > config.vocab_size:
+    raise errors.ConfigError(
+      f"the tokenizer has {tokenizer.vocab_size} words and the model"
+      f" {config.vocab_size}; give the model's own with"
+      " --config.data.tokenizer=PATH."
+    )
+
+
+def rates(experiment: Experiment, ramp: ramp_lib.Ramp):
+  """Step (0 is the first) -> its learning rate."""
+  shape, total = experiment.optimizer, experiment.training.steps
+  ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
+
+  def rate(step: int) -> float:
+    tokens = ramp.at(step).tokens
+    return schedule.learning_rate(shape, step, tokens, *ends)
+
+  return rate

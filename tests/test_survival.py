@@ -1,0 +1,301 @@
+"""Training runs that are killed, stopped, poisoned and replayed, for real."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint import names, steps, store
+from llama_jax.training import metrics as metrics_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, EVERY = 60, 3
+TIMES = metrics_lib.CLOCKED
+SURVIVAL = ROOT / "tests/survival.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, python_source):
+  folder = tmp_path_factory.mktemp("corpus")
+  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
+  (folder / "a.jsonl").write_text("".join(rows))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def flags_of(corpus, tokenizer_folder):
+  def make(workdir, **knobs):
+    knobs = {
+      "data.text": corpus,
+      "data.tokenizer": tokenizer_folder,
+      "data.sequence_length": 32,
+      "training.steps": STEPS,
+      "training.batch_size": 8,
+      "training.accumulation": 2,
+      "checkpoint.every": EVERY,
+      "metrics.curves_every": 0,
+      **knobs,
+    }
+    return [
+      "llama_jax.train",
+      f"--config={ROOT / 'configs/nano.py'}",
+      f"--workdir={workdir}",
+      *(f"--config.{name}={value}" for name, value in knobs.items()),
+    ]
+
+  return make
+
+
+class Trainer:
+  """tests/survival.py, spoken to."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder, self._jobs = folder, 0
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    # As users compile, not as conftest.py makes tests compile.
+    flags = {"XLA_FLAGS": ""}
+    self._process = subprocess.Popen(
+      [sys.executable, "-W", "ignore", str(SURVIVAL), str(folder)],
+      cwd=ROOT,
+      env=os.environ | cache | flags | {"PYTHONPATH": str(ROOT)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def start(self, argv, kill=None, **settings) -> None:
+    workdir = next(
+      word.partition("=")[2] for word in argv if word.startswith("--workdir=")
+    )
+    job = {"argv": argv, "kill": kill, "workdir": workdir, **settings}
+    self._process.stdin.write(json.dumps(job) + "\n")
+    self._process.stdin.flush()
+
+  def finish(self):
+    """(exit code, stdout, stderr) of the job that was started."""
+    answer = json.loads(self._process.stdout.readline())
+    said = [
+      (self._folder / f"{self._jobs}.{kind}").read_text()
+      for kind in ("out", "err")
+    ]
+    self._jobs += 1
+    return answer["code"], *said
+
+  def run(self, argv, kill=None, **settings):
+    self.start(argv, kill, **settings)
+    return self.finish()
+
+  def close(self):
+    self._process.stdin.close()
+    self._process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+  one = Trainer(tmp_path_factory.mktemp("trainer"))
+  yield one
+  one.close()
+
+
+def rows_of(folder):
+  rows = metrics_lib.read(folder / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def final(folder):
+  params = names.flatten(store.read_params(folder))
+  return {path: np.asarray(leaf).tobytes() for path, leaf in params.items()}
+
+
+def committed(folder):
+  return steps.list_steps(folder / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, flags_of, trainer):
+  """An uninterrupted run."""
+  folder = tmp_path_factory.mktemp("whole")
+  code, out, err = trainer.run(flags_of(folder))
+  assert code == 0, err
+  assert "done" in out
+  assert len(rows_of(folder)) == STEPS
+  return folder
+
+
+def survive(wanted, seed, folder, flags, trainer, whole):
+  """R1: killed so many times, then to the end; what was seen on the way."""
+  killed, starts, redone = 0, 0, []
+  for kill in kills(random.Random(seed)):
+    if killed == wanted:
+      break
+    if committed(folder)[-1:] == [STEPS]:
+      # It came to its end between two kills; what is left is another run's.
+      check_equal(folder, whole)
+      shutil.rmtree(folder)
+    starts += 1
+    before = committed(folder)
+    had = len(rows_of(folder))
+    code, out, err = trainer.run(flags, kill)
+    assert code in (0, -signal.SIGKILL), (kill, err)
+    assert "Traceback" not in err, (kill, err)
+    after = committed(folder)
+    # No committed checkpoint is lost but by pruning, which leaves two.
+    if before:
+      assert max(after) >= max(before), (kill, before, after)
+      assert len(after) >= min(2, len(before)), (kill, before, after)
+    killed += code == -signal.SIGKILL
+    start = [line for line in out.splitlines() if line.startswith("run ")]
+    if start:
+      first = int(start[0].split()[2])
+      assert first == max(before, default=0)
+      redone.append(max(had - first, 0))
+  code, _, err = trainer.run(flags)
+  assert code == 0, err
+  check_equal(folder, whole)
+  print(
+    f"R1: {killed} kills in {starts} starts, at most {max(redone)} steps redone"
+    f" (a save every {EVERY})"
+  )
+  # A save is committed while the steps after it are made, and the next waits
+  # for it: two intervals at the most.
+  assert max(redone) <= 2 * EVERY
+
+
+def check_equal(folder, whole):
+  """Every number of every row and every byte of every weight."""
+  assert rows_of(folder) == rows_of(whole)
+  assert final(folder) == final(whole)
+  names_left = [path.name for path in (folder / "checkpoints").iterdir()]
+  assert all(name.isdigit() for name in names_left), names_left
+
+
+def kills(draws):
+  """Endless: three at random times to two at named points."""
+  # A start and a save make about so many of these calls.
+  calls = {"rename": 6, "replace": 8, "fsync": 50, "rmdir": 30, "unlink": 40}
+  while True:
+    if draws.random() < 0.6:
+      yield {"after": draws.random() * 0.6}
+    else:
+      name = draws.choice(list(calls))
+      nth = draws.randint(1, calls[name])
+      yield {"call": [name, nth, draws.choice(["before", "after"])]}
+
+
+@pytest.mark.parametrize(
+  "wanted", [15, pytest.param(50, marks=pytest.mark.slow)]
+)
+def test_kills(wanted, whole, flags_of, trainer, tmp_path):
+  folder = tmp_path / "run"
+  survive(wanted, wanted, folder, flags_of(folder), trainer, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(number, whole, flags_of, trainer, tmp_path):
+  """R2: a checkpoint within one step and five seconds, its own exit code."""
+  flags = flags_of(tmp_path / "run", **{"checkpoint.every": 1000})
+  code, _, err = trainer.run(flags, {"step": 7, "signal": int(number)})
+  assert code == 128 + number, err
+  stopped = len(rows_of(tmp_path / "run"))
+  assert 7 <= stopped < STEPS
+  assert f"stopped and saved at step {stopped} of {STEPS}" in err
+  assert committed(tmp_path / "run") == [stopped]
+  code, _, err = trainer.run(flags)
+  assert code == 0, err
+  assert rows_of(tmp_path / "run") == rows_of(whole)
+  assert final(tmp_path / "run") == final(whole)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_same_config_twice(cores, whole, flags_of, trainer, tmp_path):
+  """R8: one core and two, a cold compile cache and a warm one."""
+  if os.cpu_count() < cores:
+    pytest.skip("needs two cores")
+  cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+  code, _, err = trainer.run(
+    flags_of(tmp_path / "run"), cores=list(range(cores)), environment=cold
+  )
+  assert code == 0, err
+  assert rows_of(tmp_path / "run") == rows_of(whole)
+  assert final(tmp_path / "run") == final(whole)
+
+
+def test_two_trainers_of_one_folder(flags_of, trainer, tmp_path):
+  """R10: the second refuses within five seconds and names the first."""
+  flags = flags_of(
+    tmp_path / "run", **{"training.steps": 100_000, "checkpoint.every": 100}
+  )
+  trainer.start(flags, {"step": 500, "signal": int(signal.SIGKILL)})
+  deadline = time.monotonic() + 60
+  while not rows_of(tmp_path / "run") and time.monotonic() < deadline:
+    time.sleep(0.01)
+  done = subprocess.run(
+    [sys.executable, "-m", *flags], cwd=ROOT, capture_output=True, text=True
+  )
+  code, _, _ = trainer.finish()
+  assert code == -signal.SIGKILL
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  holder = json.loads((tmp_path / "run" / "lock").read_text())
+  assert f"process {holder['pid']} on {holder['host']}" in done.stderr
+  # A dead holder's folder is taken over.
+  flags = flags_of(
+    tmp_path / "run", **{"training.steps": max(committed(tmp_path / "run"))}
+  )
+  code, _, err = trainer.run(flags)
+  assert code == 0, err
+
+
+def test_replay(whole, flags_of, trainer):
+  """R16: the gradient's hash of any step, from the checkpoint before it."""
+  logged = {row["step"]: row["gradient_hash"] for row in rows_of(whole)}
+  assert len(set(logged.values())) == STEPS
+  before = committed(whole)
+  assert before == [STEPS - EVERY, STEPS]
+  for step, source, argv in (
+    (STEPS - 1, STEPS - EVERY, flags_of(whole)),
+    (STEPS, STEPS - EVERY, ["llama_jax.train", f"--workdir={whole}"]),
+  ):
+    code, out, err = trainer.run([*argv, f"--replay={step}"])
+    assert code == 0, err
+    told = json.loads(out[out.index("{") :])
+    assert told["gradient_hash"] == logged[step]
+    assert (told["from_checkpoint"], told["same"]) == (source, True)
+  assert committed(whole) == before
+
+
+def test_a_run_that_only_spikes_stops(flags_of, trainer, tmp_path):
+  """R9: after max_skipped in a row it stops, says what was in the batches,
+  keeps its state, and goes on behind them."""
+  flags = flags_of(
+    tmp_path / "run",
+    # A rate that throws the model out of all bounds at once.
+    **{
+      "optimizer.peak_lr": 1e18,
+      "optimizer.warmup_steps": 0,
+      "training.max_skipped": 4,
+    },
+  )
+  code, _, err = trainer.run(flags)
+  assert code == 3, err
+  rows = rows_of(tmp_path / "run")
+  skipped = [row["skipped_in_row"] for row in rows]
+  good = len(rows) - skipped[-1]
+  assert skipped[-1] >= 4 and skipped[:good] == [0] * good
+  hashes = [row["param_norm"] for row in rows[good - 1 :]]
+  assert len(set(hashes)) == 1
+  folder = next((tmp_path / "run" / "skipped").iterdir())
+  told = json.loads((folder / "documents.json").read_text())
+  assert list(map(int, told)) == list(range(good + 1, len(rows) + 1))
+  assert all(row["source"] == "text" for rows in told.values() for row in rows)
+  assert f"--replay={good + 1}" in err
+  assert np.load(folder / f"batch-{good + 1}.npz")["tokens"].shape == (8, 32)
+  assert committed(tmp_path / "run")[-1] == len(rows)
