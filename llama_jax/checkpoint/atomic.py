@@ -21,6 +21,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
     part.unlink(missing_ok=True)
 
 
+def flush(path: pathlib.Path) -> None:
+  """Puts a file's bytes, or a folder's names, on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
 def check_free(
   path: str | os.PathLike,
   needed: float,

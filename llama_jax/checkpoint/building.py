@@ -173,17 +173,9 @@ def _publish(content: pathlib.Path, final: pathlib.Path) -> None:
   for entry in [content, *content.rglob("*")]:
     # Some writers make what only its owner may read.
     entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
-    _flush(entry)
+    atomic.flush(entry)
   os.rename(content, final)
-  _flush(final.parent)
-
-
-def _flush(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
+  atomic.flush(final.parent)
 
 
 class RowFile:

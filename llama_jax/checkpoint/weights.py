@@ -204,19 +204,24 @@ def as_dtype(source: Source, dtype: np.typing.DTypeLike) -> Source:
 
   def rows(name: str, start: int, stop: int) -> np.ndarray:
     value = source.rows(name, start, stop)
-    if value.dtype == dtype:
-      return value
-    with np.errstate(over="ignore"):
-      cast = value.astype(dtype)
-    if dtype == np.float16 and np.any(np.isinf(cast) & np.isfinite(value)):
-      raise errors.UserError(
-        f"--dtype=float16: {source.file}: tensor {name} holds"
-        f" {np.abs(value.astype(np.float32)).max():g}, and float16 ends at"
-        " 65504; use --dtype=bfloat16 or float32."
-      )
-    return cast
+    return cast(value, dtype, f"{source.file}: tensor {name}")
 
   return dataclasses.replace(source, tensors=tensors, rows=rows)
+
+
+def cast(value: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+  """Rows in another dtype; raises UserError where they leave its range."""
+  if value.dtype == dtype:
+    return value
+  with np.errstate(over="ignore"):
+    new = value.astype(dtype)
+  if dtype == np.float16 and np.any(np.isinf(new) & np.isfinite(value)):
+    raise errors.UserError(
+      f"--dtype=float16: {what} holds"
+      f" {np.abs(value.astype(np.float32)).max():g}, and float16 ends at"
+      " 65504; use --dtype=bfloat16 or float32."
+    )
+  return new
 
 
 def read_ahead(
