@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
         "later_mixtures": (),
         "separate_documents": True,
         "sequence_length": 512,
+        "heldout": 0.0,
         "infill_rate": 0.0,
         "workers": 1,
         "seed": 0,

@@ -126,8 +126,10 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   else:
     ramp = experiment.make_ramp(asked, None)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
-    packed = batches_lib.pack_text(asked.data, tokenizer, ramp.row_length)
-    rows, heldout = {"text": packed}, {}
+    packed, unseen = batches_lib.pack_text(
+      asked.data, tokenizer, ramp.row_length
+    )
+    rows, heldout = {"text": packed}, {"text": unseen} if unseen else {}
   batches = batches_lib.Batches(rows, asked.data, ramp)
 
   # The step.

@@ -74,6 +74,7 @@ def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
         "later_mixtures": (),
         "separate_documents": False,
         "sequence_length": sequence_length,
+        "heldout": 0.0,
         "infill_rate": 0.0,
         "workers": 4,
         "seed": 0,
@@ -127,7 +128,11 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.parallel.update(data=-1, fsdp=1)
   config.data.mixture = ml_collections.ConfigDict()
   config.data.update(
-    sequence_length=256, infill_rate=0.9, workers=1, tokenizer="train"
+    sequence_length=256,
+    infill_rate=0.9,
+    workers=1,
+    heldout=0.02,
+    tokenizer="train",
   )
   config.training.update(steps=200, batch_size=4)
   # Small models take larger rates: ours.

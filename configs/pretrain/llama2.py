@@ -52,6 +52,7 @@ def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
         "later_mixtures": (),
         "separate_documents": False,
         "sequence_length": sequence_length,
+        "heldout": 0.0,
         "infill_rate": 0.0,
         "workers": 4,
         "seed": 0,
@@ -102,7 +103,9 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The same recipe on two layers, any text, and a tokenizer made of it."""
   config.model.update(size="nano", dtype="float32")
   config.parallel.update(data=-1, fsdp=1)
-  config.data.update(sequence_length=128, workers=1, tokenizer="train")
+  config.data.update(
+    sequence_length=128, workers=1, heldout=0.02, tokenizer="train"
+  )
   config.training.update(steps=200, batch_size=8)
   # Small models take larger rates: ours.
   config.optimizer.update(peak_lr=3e-3, warmup_steps=20)

@@ -63,6 +63,7 @@ def get_config(variant: str = "8b") -> ml_collections.ConfigDict:
         "later_mixtures": (),
         "separate_documents": True,
         "sequence_length": 4096,
+        "heldout": 0.0,
         "infill_rate": 0.0,
         "workers": 4,
         "seed": 0,
@@ -137,7 +138,7 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   _small(config)
   config.model.size = "nano"
   config.data.mixture = ml_collections.ConfigDict()
-  config.data.update(sequence_length=64, tokenizer="train")
+  config.data.update(sequence_length=64, heldout=0.02, tokenizer="train")
   config.training.update(steps=200, batch_size=8, ramp=_double(50, 8, 64))
   config.optimizer.warmup_steps = 20
   config.checkpoint.every = 50

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax import errors
-from llama_jax.data import mixture as mixture_lib
 from llama_jax.data import documents, packing, sources
+from llama_jax.data import mixture as mixture_lib
 from llama_jax.data import ramp as ramp_lib
 
 # Steps read ahead of the one that trains.
@@ -35,6 +35,8 @@ class DataConfig:
     separate_documents: those of a row do not see each other (Llama 3); False
       lets them, as in LLaMA 1 and 2.
     sequence_length: tokens in a row, at first (training.ramp).
+    heldout: share of text's documents that are not trained on but evaluated;
+      a prepared folder has its own.
     infill_rate: share of text's documents that are cut for infilling; a
       prepared folder was given its own.
     workers: threads that read.
@@ -49,6 +51,7 @@ class DataConfig:
   later_mixtures: tuple[tuple[int, Mapping[str, float]], ...]
   separate_documents: bool
   sequence_length: int
+  heldout: float
   infill_rate: float
   workers: int
   seed: int
@@ -60,21 +63,22 @@ class DataConfig:
         raise errors.ConfigError(
           f"data.{name}={getattr(self, name)} must be 1 or more."
         )
-    if not 0 <= self.infill_rate <= 1:
-      raise errors.ConfigError(
-        f"data.infill_rate={self.infill_rate} must lie between 0 and 1."
-      )
+    for name in ("heldout", "infill_rate"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise errors.ConfigError(
+          f"data.{name}={getattr(self, name)} must lie between 0 and 1."
+        )
     if bool(self.text) == bool(self.prepared):
       raise errors.ConfigError(
         f"data.text={self.text!r} and data.prepared={self.prepared!r}: give"
         " one of them, --config.data.text=FILE_OR_FOLDER or"
         " --config.data.prepared=DIR."
       )
-    if self.prepared and self.infill_rate:
-      raise errors.ConfigError(
-        f"data.infill_rate={self.infill_rate} is for data.text; a prepared"
-        " folder was cut when it was prepared: use 0."
-      )
+      if self.prepared and getattr(self, name):
+        raise errors.ConfigError(
+          f"data.{name}={getattr(self, name)} is for data.text; a prepared"
+          " folder got its own when it was prepared: use 0."
+        )
     if self.text and (self.mixture or self.later_mixtures):
       raise errors.ConfigError(
         "data.mixture is for the sources of data.prepared; data.text is one"
@@ -187,13 +191,16 @@ class Batches:
 
 def pack_text(
   config: DataConfig, tokenizer, row_length: int
-) -> list[dict[str, np.ndarray]]:
-  """Rows of data.text; each document ends with EOS."""
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+  """Rows of data.text to train on, and held-out ones; documents end in EOS."""
   encoder = documents.Encoder(
     tokenizer, row_length, config.infill_rate, config.seed
   )
-  encoded = (
-    encoder.document(text, index)
-    for index, text in enumerate(sources.documents(config.text))
+  kept: dict[bool, list[packing.Document]] = {False: [], True: []}
+  for index, text in enumerate(sources.documents(config.text)):
+    digest = documents.digest(text.encode(errors="surrogatepass"))
+    heldout = documents.is_held_out(digest, config.heldout)
+    kept[heldout].append(encoder.document(text, index))
+  return tuple(
+    list(packing.pack(kept[heldout], row_length)) for heldout in (False, True)
   )
-  return list(packing.pack(encoded, row_length))

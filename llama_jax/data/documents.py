@@ -5,12 +5,25 @@ is cut at two letters drawn uniformly, with a probability, and is written in
 the order PSM or SPM, half and half.
 """
 
+import hashlib
 import random
 
 from llama_jax import errors
 from llama_jax.data import packing
 from llama_jax.text import infill as infill_lib
 from llama_jax.text import tokenizer as tokenizer_lib
+
+DIGEST_BYTES = 16
+
+
+def digest(text: bytes) -> bytes:
+  """What tells one text from another."""
+  return hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest()
+
+
+def is_held_out(digest_: bytes, share: float) -> bool:
+  """Whether a text is kept from training, by its digest alone."""
+  return int.from_bytes(digest_[-8:], "big") < share * 2**64
 
 
 class Encoder:

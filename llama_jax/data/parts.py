@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama_jax import errors
-from llama_jax.data import catalogue, prepared, records, sources
+from llama_jax.data import catalogue, documents, prepared, records, sources
 
-_DIGEST_BYTES = 16
 _NAMED_BAD = 20  # of a source, in the report
 
 
@@ -169,7 +168,7 @@ class _Open:
   def __init__(self, made_by: bytes):
     self.texts: list[tuple[int, str]] = []
     self.bytes = 0
-    self._hash = hashlib.blake2b(made_by, digest_size=_DIGEST_BYTES)
+    self._hash = hashlib.blake2b(made_by, digest_size=documents.DIGEST_BYTES)
 
   def add(self, index: int, text: str, digest: bytes, size: int) -> None:
     self.texts.append((index, text))
@@ -221,11 +220,11 @@ class Reader:
         counts.filtered += 1
         continue
       content = text.encode()
-      digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+      digest = documents.digest(content)
       if not self._seen.add(digest):
         counts.duplicates += 1
         continue
-      heldout = int.from_bytes(digest[-8:], "big") < config.heldout * 2**64
+      heldout = documents.is_held_out(digest, config.heldout)
       filling[heldout].add(index, text, digest, len(content))
       if filling[heldout].bytes >= config.shard_mb * 1e6:
         yield close(heldout)

@@ -18,6 +18,7 @@ CONFIG = batches.DataConfig(
   later_mixtures=(),
   separate_documents=True,
   sequence_length=R,
+  heldout=0.0,
   infill_rate=0.0,
   workers=1,
   seed=0,
@@ -176,8 +177,8 @@ def test_documents_end_with_eos(tmp_path, tokenizer_folder):
   for name, content in (("a.txt", "import json"), ("b.txt", "return None")):
     (tmp_path / name).write_text(content)
   config = dataclasses.replace(CONFIG, text=str(tmp_path), prepared="")
-  rows = batches.pack_text(config, tokenizer, 100)
-  assert len(rows) == 1
+  rows, heldout = batches.pack_text(config, tokenizer, 100)
+  assert len(rows) == 1 and not heldout
   got = rows[0]["tokens"][rows[0]["segments"] > 0].tolist()
   bos = [tokenizer.bos_id] if tokenizer.add_bos else []
   want = []
@@ -186,13 +187,36 @@ def test_documents_end_with_eos(tmp_path, tokenizer_folder):
   assert got == want
 
 
+def test_documents_are_held_out_by_their_text(tmp_path, tokenizer_folder):
+  """Each in one of the two, whatever else is there, near the share asked."""
+  tokenizer = text.load_tokenizer(tokenizer_folder)
+  config = dataclasses.replace(
+    CONFIG, text=str(tmp_path), prepared="", heldout=0.25
+  )
+
+  def owners(rows):
+    return {int(index) for row in rows for index in row["documents"]}
+
+  for number in range(200):
+    (tmp_path / f"{number:03}.txt").write_text(f"line {number}")
+  train, heldout = map(owners, batches.pack_text(config, tokenizer, 50))
+  assert train | heldout == set(range(200)) and not train & heldout
+  assert abs(len(heldout) - 50) < 4 * (200 * 0.25 * 0.75) ** 0.5
+  for number in range(100):
+    (tmp_path / f"{number:03}.txt").unlink()
+  _, fewer = map(owners, batches.pack_text(config, tokenizer, 50))
+  assert {100 + index for index in fewer} == {i for i in heldout if i >= 100}
+
+
 @pytest.mark.parametrize(
   "knobs, said",
   [
     ({"sequence_length": 0}, r"data\.sequence_length=0"),
     ({"workers": 0}, r"data\.workers=0"),
     ({"infill_rate": 1.5}, r"data\.infill_rate=1.5"),
-    ({"infill_rate": 0.5}, "a prepared folder was cut when"),
+    ({"infill_rate": 0.5}, "a prepared folder got its own"),
+    ({"heldout": 0.5}, "a prepared folder got its own"),
+    ({"heldout": -0.1}, r"data\.heldout=-0.1"),
     ({"prepared": ""}, r"data\.text=''.*give one of them"),
     ({"text": "y"}, "give one of them"),
     (
