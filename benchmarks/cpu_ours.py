@@ -213,6 +213,7 @@ class Training:
   def __init__(self, config, params, settings):
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from llama_jax.model import decoder as decoder_lib
     from llama_jax.parallel import mesh
@@ -221,12 +222,16 @@ class Training:
 
     # A constant rate, as the peer's plain loop has.
     recipe = optimizer_lib.OptimizerConfig(
-      warmup_steps=0, final_lr_fraction=1.0, **settings
+      schedule="constant",
+      warmup_steps=0,
+      final_lr_fraction=1.0,
+      decay_fraction=0.0,
+      moments_dtype="float32",
+      **settings,
     )
-    steps = 1000  # of a schedule that does not move
     self._config = config
-    self._optimizer = optimizer_lib.make(recipe, steps)
-    self._schedule = optimizer_lib.schedule(recipe, steps)
+    self._optimizer = optimizer_lib.make(recipe)
+    self._rate = np.float32(recipe.peak_lr)
     self._devices = mesh.make(
       mesh.ParallelConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1]
     )
@@ -258,11 +263,11 @@ class Training:
       decoder = decoder_lib.Decoder(self._config, dtype=dtype)
 
       def loss_sum(params, *batch):
-        return decoder.apply({"params": params}, *batch, method="loss_sum")
+        return decoder.apply({"params": params}, *batch, 0.0, method="loss_sum")
 
       self._updates[dtype] = jax.jit(
         step_lib.make(
-          next_token.make(loss_sum), self._optimizer, self._schedule
+          next_token.make(loss_sum, 1), self._optimizer, spike_factor=0
         ),
         out_shardings=(self._placed, None),
         donate_argnums=0,
@@ -286,6 +291,7 @@ class Training:
       ),
       "segments": np.ones_like(tokens),
       "loss_mask": mask,
+      "sources": np.zeros(len(tokens), np.int32),
     }
     batch = {name: rows[None] for name, rows in batch.items()}
     return hosts.put_batch(batch, self._devices, axis=1)
@@ -295,7 +301,9 @@ class Training:
     import jax
 
     with jax.set_mesh(self._devices):
-      lowered = self._update(dtype).lower(self._state, self._batch(ids))
+      lowered = self._update(dtype).lower(
+        self._state, self._batch(ids), self._rate
+      )
       self._updates[dtype] = lowered.compile()
 
   def step(self, ids, dtype):
@@ -303,7 +311,9 @@ class Training:
     import jax
 
     with jax.set_mesh(self._devices):
-      self._state, metrics = self._update(dtype)(self._state, self._batch(ids))
+      self._state, metrics = self._update(dtype)(
+        self._state, self._batch(ids), self._rate
+      )
       jax.block_until_ready(self._state)
     return metrics["loss"].item(), metrics["grad_norm"].item()
 

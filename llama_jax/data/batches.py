@@ -74,6 +74,7 @@ class DataConfig:
         " one of them, --config.data.text=FILE_OR_FOLDER or"
         " --config.data.prepared=DIR."
       )
+    for name in ("heldout", "infill_rate"):
       if self.prepared and getattr(self, name):
         raise errors.ConfigError(
           f"data.{name}={getattr(self, name)} is for data.text; a prepared"

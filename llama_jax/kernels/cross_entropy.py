@@ -58,22 +58,36 @@ def _chosen(logits_BCV, targets_BC):
   return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
-def token_nll(x_BTD, head, targets_BT, *, tied: bool) -> jax.Array:
-  """Negative log-likelihood of each target in nats, float32 [B, T]."""
+def _losses(x_BTD, head, targets_BT, tied):
+  """Each target's nll and the log of its softmax's sum, float32 [B, T]."""
 
   def one(_, chunk):
     x_BCD, targets_BC = chunk
     logits_BCV = project(x_BCD, head, tied=tied)
     log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    return None, log_sum_BC - _chosen(logits_BCV, targets_BC)
+    return None, (log_sum_BC - _chosen(logits_BCV, targets_BC), log_sum_BC)
 
-  _, nll = jax.lax.scan(one, None, _chunks(x_BTD, targets_BT))
-  return _join(nll, x_BTD.shape[1])
+  _, each = jax.lax.scan(one, None, _chunks(x_BTD, targets_BT))
+  return tuple(_join(chunks, x_BTD.shape[1]) for chunks in each)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def loss_sum(x_BTD, head, targets_BT, weights_BT, tied: bool) -> jax.Array:
-  """Sum over tokens of weight * negative log-likelihood, in nats, float32.
+def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
+  return jnp.sum(weights_BT * (nll_BT + z_loss * log_sum_BT**2))
+
+
+def token_nll(x_BTD, head, targets_BT, *, tied: bool) -> jax.Array:
+  """Negative log-likelihood of each target in nats, float32 [B, T]."""
+  return _losses(x_BTD, head, targets_BT, tied)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def loss_sum(
+  x_BTD, head, targets_BT, weights_BT, tied: bool, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+  """Sum of weight * (nll + z_loss * log_sum^2) over tokens, and each nll.
+
+  log_sum is the logarithm of the softmax's denominator, which z_loss draws
+  towards 0 (arXiv:2204.02311, 5).
 
   Args:
     x_BTD: the decoder's last hidden states.
@@ -81,13 +95,18 @@ def loss_sum(x_BTD, head, targets_BT, weights_BT, tied: bool) -> jax.Array:
     targets_BT: int ids to predict.
     weights_BT: float32; 0 leaves a token out. Not differentiated.
     tied: which way head lies.
+    z_loss: a Python number; 0 for the plain loss.
+
+  Returns:
+    The sum, float32, and token_nll's [B, T], which passes no gradient on. Both
+    in nats.
   """
-  return jnp.sum(token_nll(x_BTD, head, targets_BT, tied=tied) * weights_BT)
+  nll_BT, log_sum_BT = _losses(x_BTD, head, targets_BT, tied)
+  return _total(nll_BT, log_sum_BT, weights_BT, z_loss), nll_BT
 
 
-def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
-  def one(carry, chunk):
-    total, d_head = carry
+def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
+  def one(d_head, chunk):
     x_BCD, targets_BC, weights_BC = chunk
     B, C, D = x_BCD.shape
     logits_BCV = project(x_BCD, head, tied=tied)
@@ -98,8 +117,11 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
       jnp.exp(logits_BCV - most_BC[..., None])
     )
     sum_BC = jnp.sum(exps_BCV, axis=-1)
-    nll_BC = jnp.log(sum_BC) + most_BC - _chosen(logits_BCV, targets_BC)
-    probs_BCV = exps_BCV * (1 / sum_BC)[..., None]
+    log_sum_BC = jnp.log(sum_BC) + most_BC
+    nll_BC = log_sum_BC - _chosen(logits_BCV, targets_BC)
+    # What the loss moves by with log_sum, whose gradient is the probability.
+    slope_BC = 1 + 2 * z_loss * log_sum_BC
+    probs_BCV = exps_BCV * (slope_BC / sum_BC)[..., None]
     words_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
     hit_BCV = (words_BCV == targets_BC[..., None]).astype(jnp.float32)
     d_tV = (probs_BCV - hit_BCV) * weights_BC[..., None]
@@ -108,22 +130,25 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied):
     # All products give float32 (kernels/matmul.py says why).
     d_x_tD = matmul.product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
     pair = (d_tV, x_tD) if tied else (x_tD, d_tV)
-    total = total + jnp.sum(nll_BC * weights_BC)
+    d_head = d_head + matmul.product(*pair, 0, 0)
     d_x_BCD = d_x_tD.astype(x_BCD.dtype).reshape(B, C, D)
-    return (total, d_head + matmul.product(*pair, 0, 0)), d_x_BCD
+    return d_head, (d_x_BCD, nll_BC, log_sum_BC)
 
-  start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-  (total, d_head), d_x = jax.lax.scan(
-    one, start, _chunks(x_BTD, targets_BT, weights_BT)
+  d_head, each = jax.lax.scan(
+    one,
+    jnp.zeros(head.shape, jnp.float32),
+    _chunks(x_BTD, targets_BT, weights_BT),
   )
-  d_x_BTD = _join(d_x, x_BTD.shape[1])
+  d_x_BTD, nll_BT, log_sum_BT = (_join(a, x_BTD.shape[1]) for a in each)
+  total = _total(nll_BT, log_sum_BT, weights_BT, z_loss)
   # An empty array carries the head's dtype, which a residual cannot.
-  return total, (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))
+  return (total, nll_BT), (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))
 
 
-def _loss_backward(tied, residuals, cotangent):
-  del tied
+def _loss_backward(tied, z_loss, residuals, cotangents):
+  del tied, z_loss
   d_x_BTD, d_head, head_like = residuals
+  cotangent, _ = cotangents
   return (
     (d_x_BTD * cotangent).astype(d_x_BTD.dtype),
     (d_head * cotangent).astype(head_like.dtype),

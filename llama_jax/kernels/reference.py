@@ -9,6 +9,10 @@ import jax.numpy as jnp
 # Finite, so that a row that sees nothing (padding) stays finite too.
 MASKED = -1e30
 
+# What a kernel with its own backward pass calls the arrays that this pass
+# needs beside the arguments, for jax.checkpoint's policies by name.
+KEPT = "attention"
+
 
 def visible(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS) -> jax.Array:
   """Which keys each query sees: bool [B, T, S]."""

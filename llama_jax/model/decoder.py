@@ -15,13 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import errors, kernels
-from llama_jax.kernels import cross_entropy
+from llama_jax.kernels import cross_entropy, fp8, reference
 from llama_jax.model import attention, linear, mlp, norm, rope
 from llama_jax.model import config as config_lib
 from llama_jax.parallel import rules
 
-REMATERIALISATION = ("none", "full")
-DTYPES = ("float32", "bfloat16", "float16")
+# What a block keeps for its backward pass, by the names that arrays were given
+# where they are made; None: whatever that pass asks for.
+REMATERIALISATION = {
+  "none": None,
+  "dots": (linear.KEPT, reference.KEPT),
+  "attention": (reference.KEPT,),
+  "full": (),
+}
+DTYPES = ("float32", "bfloat16", "float16", "float8")
 
 
 class Block(nn.Module):
@@ -53,9 +60,14 @@ class Decoder(nn.Module):
   Attributes:
     config: what it is.
     dtype: compute dtype, one of DTYPES. Norms, RoPE, softmax and logits are
-      float32 whatever it is; the residual stream is in dtype.
+      float32 whatever it is; the residual stream is in dtype. "float8" is
+      bfloat16 but for the blocks' projections (kernels/fp8.py), for training
+      alone; where no unit computes it, it is emulated and slow.
     attention: a key of kernels.ATTENTION.
-    rematerialise: "full" recomputes each block in the backward pass.
+    rematerialise: what the backward pass computes again of each block: "none"
+      nothing, "dots" what lies between the matrix products (norms, RoPE,
+      SwiGLU), "attention" all but the attention kernel, "full" everything.
+      benchmarks/memory.py prints what each costs.
     scan: stacked layers under a scan; False unrolls what unstack made.
   """
 
@@ -69,13 +81,17 @@ class Decoder(nn.Module):
     for name, allowed in (
       ("dtype", DTYPES),
       ("attention", tuple(kernels.ATTENTION)),
-      ("rematerialise", REMATERIALISATION),
+      ("rematerialise", tuple(REMATERIALISATION)),
     ):
       if getattr(self, name) not in allowed:
         raise errors.ConfigError(
           f"model.{name}={getattr(self, name)!r} is not known;"
           f" use one of {', '.join(allowed)}."
         )
+    if self.dtype == "float8" and not self.scan:
+      raise errors.ConfigError(
+        "model.dtype='float8' is for training; decode in bfloat16."
+      )
     super().__post_init__()
 
   def setup(self):
@@ -83,11 +99,17 @@ class Decoder(nn.Module):
     V, D = config.vocab_size, config.embed_dim
     self.embed = Embedding(V, D)
     block = Block
-    if self.rematerialise == "full":
+    kept = REMATERIALISATION[self.rematerialise]
+    if kept is not None:
       # A scan's body is compiled once and cannot be merged with its
       # recomputation, so the barrier against that would only cost time.
-      block = nn.remat(Block, prevent_cse=not self.scan)
-    fields = (config, jnp.dtype(self.dtype), self.attention)
+      block = nn.remat(
+        Block,
+        prevent_cse=not self.scan,
+        policy=jax.checkpoint_policies.save_only_these_names(*kept),
+      )
+    dtype = fp8.E4M3 if self.dtype == "float8" else jnp.dtype(self.dtype)
+    fields = (config, dtype, self.attention)
     if self.scan:
       self.layers = nn.scan(
         block,
@@ -111,7 +133,8 @@ class Decoder(nn.Module):
     # Rows whole before the look-up: only then does a batch-sharded look-up
     # need no more than a sum over the vocabulary's parts.
     table_VD = rules.constrain(self.embed(), "vocab", None)
-    x_BTD = table_VD[ids_BT].astype(self.dtype)
+    stream = "bfloat16" if self.dtype == "float8" else self.dtype
+    x_BTD = table_VD[ids_BT].astype(stream)
     x_BTD = rules.constrain(x_BTD, "batch", None, None)
     if self.scan:
       if cache is not None:
@@ -159,11 +182,24 @@ class Decoder(nn.Module):
     x_BTD, cache = self.hidden(ids_BT, positions_BT, segments_BT, cache)
     return self.logits(x_BTD), cache
 
-  def loss_sum(self, ids_BT, positions_BT, segments_BT, targets_BT, weights_BT):
-    """Weighted sum of the targets' negative log-likelihoods, in nats."""
+  def loss_sum(
+    self,
+    ids_BT,
+    positions_BT,
+    segments_BT,
+    targets_BT,
+    weights_BT,
+    z_loss: float,
+  ):
+    """What cross_entropy.loss_sum gives: the sum to minimise, each nll."""
     x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
     return cross_entropy.loss_sum(
-      x_BTD, self._head(), targets_BT, weights_BT, self.config.tied_embeddings
+      x_BTD,
+      self._head(),
+      targets_BT,
+      weights_BT,
+      self.config.tied_embeddings,
+      z_loss,
     )
 
   def token_nll(self, ids_BT, positions_BT, segments_BT, targets_BT):
@@ -239,6 +275,27 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     for i in range(count)
   }
   return turned(rest | layers)
+
+
+def grow_vocabulary(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  """Params whose embedding and head have rows for new words, after the old.
+
+  A new row is the mean of the old ones, so that before it is trained it takes
+  little from any word. How Code Llama began its own is not published.
+  """
+
+  def grown(leaf, axis):
+    more = vocab_size - leaf.shape[axis]
+    if not more:
+      return leaf
+    mean = jnp.mean(leaf, axis, keepdims=True)
+    return jnp.concatenate([leaf, jnp.repeat(mean, more, axis)], axis)
+
+  params = dict(params)
+  params["embed"] = {"embedding": grown(params["embed"]["embedding"], 0)}
+  if "head" in params:
+    params["head"] = {"kernel": grown(params["head"]["kernel"], 1)}
+  return params
 
 
 def count_parameters(config: config_lib.LlamaConfig) -> int:

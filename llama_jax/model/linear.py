@@ -3,8 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.kernels import matmul
+from llama_jax.kernels import fp8, matmul
+
+# What a projection's output is called in jax.checkpoint's policies by name.
+KEPT = "projection"
 
 
 class Linear(nn.Module):
@@ -15,6 +19,7 @@ class Linear(nn.Module):
     axes: logical names of the two axes (parallel/rules.py).
     stddev: of the normal initialisation.
     dtype: compute dtype; the kernel is stored in float32 at initialisation.
+      fp8.E4M3 multiplies in float8 and gives x's dtype.
     transposed: the kernel lies as [out, in], which decoding wants.
   """
 
@@ -35,8 +40,13 @@ class Linear(nn.Module):
       self.shape[::order],
       jnp.float32,
     )
-    multiply = matmul.matmul_rows if self.transposed else matmul.matmul
-    return multiply(x_tI, kernel, self.dtype)
+    if self.dtype == fp8.E4M3:
+      y_tO = fp8.matmul(x_tI, kernel)
+    elif self.transposed:
+      y_tO = matmul.matmul_rows(x_tI, kernel, self.dtype)
+    else:
+      y_tO = matmul.matmul(x_tI, kernel, self.dtype)
+    return checkpoint_name(y_tO, KEPT)
 
 
 class Scale(nn.Module):

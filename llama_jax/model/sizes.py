@@ -62,6 +62,9 @@ SIZES: dict[str, config_lib.LlamaConfig] = {
   # Not published: a size for tests and dry runs, with GQA and an odd head_dim.
   "nano": _size(64, 2, 4, 2, 192, 512, 1e-5, 1e4, 256,
                 tied_embeddings=True, head_dim=24),
+  # Not published: ten million, for an hour on two cores.
+  "llama-10m": _size(256, 10, 8, 4, 768, 8192, 1e-5, 5e5, 1024,
+                     tied_embeddings=True),
   # LLaMA, arXiv:2302.13971, table 2; params.json of the release.
   "llama-7b": _size(4096, 32, 32, 32, 11008, 32000, 1e-6, 1e4, 2048),
   "llama-13b": _size(5120, 40, 40, 40, 13824, 32000, 1e-6, 1e4, 2048),

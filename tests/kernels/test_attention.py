@@ -63,8 +63,8 @@ def attend(name, q, k, v, positions, segments):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """So that short sequences are many blocks."""
-  monkeypatch.setattr(chunked, "BLOCK_ROWS", 8)
+  """So that short sequences are many tiles."""
+  monkeypatch.setattr(chunked, "TILE", 8)
 
 
 # 7: less than a block; 16: whole blocks; 37: a last block cut short; 150: more

@@ -24,22 +24,23 @@ def make_case(B, T, tied, dtype=jnp.float32):
   return x, head, targets, weights
 
 
-def plain_loss(x, head, targets, weights, tied):
+def plain_loss(x, head, targets, weights, tied, z_loss=0.0):
   """Whole logits, and autodiff through them."""
   logits = jnp.einsum("btd,vd->btv", x, head if tied else head.T)
   logprobs = jax.nn.log_softmax(logits, axis=-1)
   chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
-  return -jnp.sum(chosen * weights)
+  squares = jax.scipy.special.logsumexp(logits, axis=-1) ** 2
+  return jnp.sum(weights * (z_loss * squares - chosen))
 
 
-def loss_sum(x, head, targets, weights, tied):
+def loss_sum(x, head, targets, weights, tied, z_loss=0.0):
   # A function of this file's, so that no other test's compiled chunks serve.
-  return cross_entropy.loss_sum(x, head, targets, weights, tied)
+  return cross_entropy.loss_sum(x, head, targets, weights, tied, z_loss)[0]
 
 
 def both(loss):
   """The jitted loss and its two gradients."""
-  return jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)
+  return jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=(4, 5))
 
 
 @pytest.fixture
@@ -78,10 +79,14 @@ def test_value_and_gradients(small_chunks, B, T, tied):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_value_and_gradients_equal_autodiff(small_chunks):
-  case = make_case(3, 7, True)
-  value, gradients = both(loss_sum)(*case, True)
-  want, want_gradients = both(plain_loss)(*case, True)
+# 0.1 is a thousand times what is usual: the squares are half of the loss.
+@pytest.mark.parametrize(
+  "tied, z_loss", [(True, 0.0), (True, 0.1), (False, 0.1)]
+)
+def test_value_and_gradients_equal_autodiff(small_chunks, tied, z_loss):
+  case = make_case(3, 7, tied)
+  value, gradients = both(loss_sum)(*case, tied, z_loss)
+  want, want_gradients = both(plain_loss)(*case, tied, z_loss)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   for ours, theirs in zip(gradients, want_gradients, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -95,13 +100,33 @@ def test_value_without_a_gradient(small_chunks):
   @jax.jit
   def ours(x, head):
     return (
-      cross_entropy.loss_sum(x, head, targets, weights, False),
+      *cross_entropy.loss_sum(x, head, targets, weights, False, 0.0),
       cross_entropy.token_nll(x, head, targets, tied=False),
+      cross_entropy.loss_sum(x, head, targets, weights, False, 0.1)[0],
     )
 
-  total, each = ours(x, head)
+  total, *each, with_z_loss = ours(x, head)
   np.testing.assert_allclose(total, want, rtol=1e-6)
-  np.testing.assert_allclose(each, nll, atol=1e-5)
+  for ours in each:
+    np.testing.assert_allclose(ours, nll, atol=1e-5)
+  want = plain_loss(*case, False, 0.1)
+  np.testing.assert_allclose(with_z_loss, want, rtol=1e-6)
+
+
+def test_each_nll_stands_beside_the_gradient_and_passes_none(small_chunks):
+  """The nll is for reports: it knows neither weights nor z_loss."""
+  x, head, targets, weights = case = make_case(3, 7, False)
+  want, _, _ = numpy_loss(*case, False)
+
+  def loss(x, head, by):
+    total, nll = cross_entropy.loss_sum(x, head, targets, weights, False, 0.1)
+    return total + by * nll.sum(), nll
+
+  grad = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+  gradients, nll = grad(x, head, 0.0)
+  np.testing.assert_allclose(nll, want, atol=1e-5)
+  for a, b in zip(gradients, grad(x, head, 7.0)[0], strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_masked_tokens_have_no_gradient(small_chunks):
@@ -117,7 +142,7 @@ def test_a_cotangent_scales_both_gradients(small_chunks):
   x, head, targets, weights = make_case(2, 9, True)
 
   def scaled(x, head, by):
-    return by * cross_entropy.loss_sum(x, head, targets, weights, True)
+    return by * loss_sum(x, head, targets, weights, True)
 
   gradients = jax.jit(jax.grad(scaled, (0, 1)))
   one, seven = (gradients(x, head, by) for by in (1.0, 7.0))
@@ -168,7 +193,7 @@ def largest_buffer(program, words):
 def test_whole_logits_never_exist():
   B, T, words = 4, 1024, 20011
   chunk = cross_entropy.CHUNK_TOKENS
-  ours = compiled(cross_entropy.loss_sum, B, T, words)
+  ours = compiled(loss_sum, B, T, words)
   plain = compiled(plain_loss, B, T, words)
   assert largest_buffer(ours, words) == chunk < B * T
   logits = B * T * words * 4

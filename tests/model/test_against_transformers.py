@@ -15,6 +15,7 @@ from llama_jax.checkpoint import hugging_face_config, names, weights
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.objectives import next_token
 from llama_jax.training import optimizer as optimizer_lib
+from llama_jax.training import schedule as schedule_lib
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
 
@@ -58,6 +59,7 @@ def batch_of(numbers, ids):
     "segments": mask,
     "targets": np.roll(ids, -1, axis=1).astype(np.int32),
     "loss_mask": scored,
+    "sources": np.zeros(len(ids), np.int32),
   }
 
 
@@ -71,30 +73,37 @@ def trained(name):
   )
   objective = next_token.make(
     lambda params, *batch: decoder.apply(
-      {"params": params}, *batch, method="loss_sum"
-    )
+      {"params": params}, *batch, 0.0, method="loss_sum"
+    ),
+    num_sources=1,
   )
   settings = optimizer_lib.OptimizerConfig(
-    **json.loads(str(numbers["optimizer"]))
+    schedule="cosine",
+    decay_fraction=0.0,
+    moments_dtype="float32",
+    **json.loads(str(numbers["optimizer"])),
   )
   steps = len(numbers["steps"])
-  optimizer = optimizer_lib.make(settings, steps)
-  schedule = optimizer_lib.schedule(settings, steps)
-  update = step_lib.make(objective, optimizer, schedule)
+  optimizer = optimizer_lib.make(settings)
+  update = step_lib.make(objective, optimizer, spike_factor=0)
 
   @jax.jit
-  def both(state, batch):
+  def both(state, batch, rate):
     """One compilation for the update and the gradients that it hides."""
-    _, count, sums = step_lib.accumulate(objective, state.params, batch)
-    return jax.tree.map(lambda leaf: leaf / count, sums), update(state, batch)
+    (_, (count, _)), sums = step_lib.accumulate(objective, state.params, batch)
+    gradients = jax.tree.map(lambda leaf: leaf / count, sums)
+    return gradients, update(state, batch, rate)
 
   state = state_lib.create(params, optimizer)
   gradients, metrics = [], []
-  for ids in numbers["steps"]:
+  for step, ids in enumerate(numbers["steps"]):
+    rate = schedule_lib.learning_rate(
+      settings, step, step, settings.warmup_steps, steps
+    )
     batch = jax.tree.map(lambda leaf: leaf[None], batch_of(numbers, ids))
-    found, (state, measured) = both(state, batch)
+    found, (state, measured) = both(state, batch, np.float32(rate))
     gradients.append(found)
-    metrics.append(measured)
+    metrics.append(measured | {"learning_rate": rate})
   return gradients[0], metrics, state.params
 
 
