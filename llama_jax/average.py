@@ -282,7 +282,7 @@ def _open(references: Sequence[str]):
     for what, value in told.items():
       before, owner = first.setdefault(what, (value, reference))
       if what == "tokenizer":
-        if not _same_words(before, value):
+        if not proof.same_vocabulary(before, value):
           raise errors.UserError(
             f"--ckpts: the tokenizers of {owner} and {reference} give other"
             " ids; a mean needs models of one tokenizer."
@@ -294,14 +294,6 @@ def _open(references: Sequence[str]):
         )
   tokenizer, _ = first.get("tokenizer", (None, None))
   return config, sources, tokenizer
-
-
-def _same_words(one, other) -> bool:
-  return (one.vocab_size, one.bos_id, one.encode(proof.TEXT)) == (
-    other.vocab_size,
-    other.bos_id,
-    other.encode(proof.TEXT),
-  )
 
 
 def _fingerprint(job: Job) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training config means: its sections, checked, and what they name."""
+"""What a training config means: its sections, checked."""
 
 import dataclasses
 import json
@@ -6,26 +6,14 @@ import pathlib
 import platform
 import subprocess
 import sys
-import tempfile
-from typing import Any
 
-from llama_jax import checkpoint, errors, shell, text
-from llama_jax.checkpoint import store
-from llama_jax.data import batches, sources
+from llama_jax import errors, shell
+from llama_jax.data import batches
 from llama_jax.data import ramp as ramp_lib
 from llama_jax.evals import settings as evals_settings
-from llama_jax.model import config as config_lib
-from llama_jax.model import sizes
 from llama_jax.parallel import mesh
-from llama_jax.text import folder as folder_lib
-from llama_jax.text import infill, sentencepiece_bpe, train_sentencepiece
-from llama_jax.training import metrics, schedule
+from llama_jax.training import metrics
 from llama_jax.training import optimizer as optimizer_lib
-
-# A tokenizer for a dry run is trained on no more text than this.
-TOKENIZER_BYTES = 20_000_000
-# Shares of the letters that it may try to give a piece of their own.
-COVERAGES = (train_sentencepiece.COVERAGE, 0.999, 0.99, 0.97, 0.95, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,160 +200,3 @@ def _git(*words: str) -> str:
   except (OSError, subprocess.TimeoutExpired):
     return ""
   return done.stdout.strip() if not done.returncode else ""
-
-
-def choose_model(
-  experiment: Experiment, folder: pathlib.Path
-) -> tuple[config_lib.LlamaConfig, Any]:
-  """The LlamaConfig and tokenizer: of the run so far, of init, or by name."""
-  size, init = experiment.model.size, experiment.init
-  if (folder / "model.json").is_file():
-    saved = f"orbax:{folder}"
-    config = store.read_model_config(folder)
-    tokenizer = store.read_model_tokenizer(folder)
-  elif init:
-    saved = init
-    config = checkpoint.read_config(init, "--config.init")
-    tokenizer = checkpoint.read_tokenizer(init, "--config.init")
-  elif size:
-    saved, config, tokenizer = "", sizes.get(size), None
-  else:
-    raise errors.ConfigError(
-      "there is no model: give --config.init=REF to go on from a checkpoint, or"
-      f" --config.model.size, one of {', '.join(sizes.SIZES)}."
-    )
-  if size and sizes.get(size) != config:
-    raise errors.ConfigError(
-      f"--config.model.size={size} is not the size of {saved}; leave it empty."
-    )
-  if saved == init:
-    config = _changed(experiment.model, config)
-  return config, _choose_tokenizer(experiment.data, config, tokenizer)
-
-
-def _changed(
-  model: ModelConfig, config: config_lib.LlamaConfig
-) -> config_lib.LlamaConfig:
-  names = ("vocab_size", "rope_theta", "context_length")
-  wanted = {n: getattr(model, n) for n in names if getattr(model, n)}
-  if wanted.get("vocab_size", config.vocab_size) < config.vocab_size:
-    raise errors.ConfigError(
-      f"model.vocab_size={model.vocab_size} is below the {config.vocab_size}"
-      " that --config.init has; words can be added, not taken away."
-    )
-  return dataclasses.replace(config, **wanted)
-
-
-def _choose_tokenizer(data: batches.DataConfig, config, saved):
-  """The one that is named, else saved, else the prepared folder's."""
-  place = data.tokenizer
-  if place == "train":
-    return saved or _train_tokenizer(data, config.vocab_size)
-  if place:
-    return text.load_tokenizer(place)
-  if saved is not None:
-    return saved
-  if data.prepared and (pathlib.Path(data.prepared) / "tokenizer").is_dir():
-    return text.load_tokenizer(pathlib.Path(data.prepared) / "tokenizer")
-  raise errors.ConfigError(
-    "there is no tokenizer: give --config.data.tokenizer=PATH, or"
-    " --config.data.tokenizer=train to train one on --config.data.text."
-  )
-
-
-def _train_tokenizer(data: batches.DataConfig, vocab_size: int):
-  """A SentencePiece of the model's vocabulary, for dry runs on any text."""
-  if not data.text:
-    raise errors.ConfigError(
-      "data.tokenizer=train needs --config.data.text; a prepared folder has its"
-      " own: leave data.tokenizer empty."
-    )
-  print(f"tokenizer  training {vocab_size:,} pieces on {data.text}", flush=True)
-  kept, size = [], 0
-  for _, document in sources.stream(data.text):
-    kept += train_sentencepiece.sentences(document)
-    size += len(document.encode())
-    if size > TOKENIZER_BYTES:
-      break
-  special = infill.CODE_LLAMA if data.infill_rate else ()
-  for coverage in COVERAGES:
-    try:
-      model = train_sentencepiece.train(kept, vocab_size, coverage, special)
-      break
-    except errors.UserError as error:
-      # Too few pieces for this text's letters: bytes spell the rarest.
-      if coverage == COVERAGES[-1]:
-        raise errors.ConfigError(f"data.tokenizer=train: {error}") from error
-  # What a folder without any other file says.
-  with tempfile.TemporaryDirectory() as empty:
-    settings = folder_lib.read_settings(pathlib.Path(empty))
-  return sentencepiece_bpe.from_model(model, str(data.text), settings)
-
-
-def make_ramp(experiment: Experiment, row_length: int | None) -> ramp_lib.Ramp:
-  """Its batches by step; row_length of prepared data, None for data.text."""
-  training, data = experiment.training, experiment.data
-  first = ramp_lib.Stage(
-    from_tokens=0,
-    batch_size=training.batch_size,
-    sequence_length=data.sequence_length,
-    accumulation=training.accumulation,
-  )
-  stages = [first, *(ramp_lib.Stage(**stage) for stage in training.ramp)]
-  longest = max(stage.sequence_length for stage in stages)
-  if row_length is not None and row_length < longest:
-    raise errors.ConfigError(
-      f"data.sequence_length={longest} is longer than the rows of"
-      f" {row_length} tokens in data.prepared={data.prepared}; prepare it with"
-      f" row_length={longest}, or use {row_length} or less."
-    )
-  return ramp_lib.Ramp(stages, row_length or longest)
-
-
-def check(
-  experiment: Experiment,
-  config: config_lib.LlamaConfig,
-  tokenizer,
-  ramp: ramp_lib.Ramp,
-  num_devices: int,
-) -> None:
-  """Refuses, before any compile, what cannot work together."""
-  parallel = experiment.parallel.resolve(num_devices)
-  for stage in ramp.stages:
-    rows = stage.batch_size // stage.accumulation
-    mesh.check(
-      parallel,
-      {
-        "tensor": {
-          "model.num_kv_heads": config.num_kv_heads,
-          "model.num_heads": config.num_heads,
-          "model.mlp_dim": config.mlp_dim,
-          "model.vocab_size": config.vocab_size,
-        },
-        "fsdp": {"model.embed_dim": config.embed_dim},
-        "batch": {"training.batch_size / training.accumulation": rows},
-      },
-    )
-    if stage.sequence_length > config.context_length:
-      raise errors.ConfigError(
-        f"data.sequence_length={stage.sequence_length} is longer than the"
-        f" model's context of {config.context_length}; use that or less."
-      )
-  if tokenizer.vocab_size > config.vocab_size:
-    raise errors.ConfigError(
-      f"the tokenizer has {tokenizer.vocab_size} words and the model"
-      f" {config.vocab_size}; give the model's own with"
-      " --config.data.tokenizer=PATH."
-    )
-
-
-def rates(experiment: Experiment, ramp: ramp_lib.Ramp):
-  """Step (0 is the first) -> its learning rate."""
-  shape, total = experiment.optimizer, experiment.training.steps
-  ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
-
-  def rate(step: int) -> float:
-    tokens = ramp.at(step).tokens
-    return schedule.learning_rate(shape, step, tokens, *ends)
-
-  return rate

@@ -14,176 +14,27 @@ Exit codes beside those of shell.py: 3, too many steps in a row were left out.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import shlex
 import signal
 import sys
-from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llama_jax import checkpoint, errors, evals, experiment, shell
+from llama_jax import errors, evals, experiment, shell
+from llama_jax import run as run_lib
 from llama_jax.checkpoint import atomic, steps, store
 from llama_jax.data import batches as batches_lib
-from llama_jax.data import prepared as prepared_lib
-from llama_jax.data import ramp as ramp_lib
 from llama_jax.model import decoder as decoder_lib
-from llama_jax.objectives import next_token
-from llama_jax.parallel import hosts, mesh
 from llama_jax.training import curves, flops, lock
 from llama_jax.training import metrics as metrics_lib
-from llama_jax.training import optimizer as optimizer_lib
-from llama_jax.training import state as state_lib
-from llama_jax.training import step as step_lib
 
 TOO_MANY_SKIPPED = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """All that a step needs but its state.
-
-  Attributes:
-    asked: the experiment.
-    tokenizer: the model's.
-    decoder: the model.
-    devices: the mesh.
-    ramp: batch sizes by step.
-    batches: data by step.
-    heldout: domain -> rows to evaluate on.
-    shapes, placed: of the state: ShapeDtypeStructs, and NamedShardings.
-    first: () -> state 0.
-    update: the compiled step.
-    rate: step -> learning rate.
-  """
-
-  asked: experiment.Experiment
-  tokenizer: Any
-  decoder: decoder_lib.Decoder
-  devices: jax.sharding.Mesh
-  ramp: ramp_lib.Ramp
-  batches: batches_lib.Batches
-  heldout: dict[str, Any]
-  shapes: state_lib.TrainState
-  placed: state_lib.TrainState
-  first: Any
-  update: Any
-  rate: Any
-
-  def put(self, step: int, batch: dict[str, np.ndarray]):
-    """A host's part of batch `step` as [A, B, ...] on the mesh."""
-    parts = self.ramp.at(step).stage.accumulation
-    batch = {
-      name: rows.reshape(parts, -1, *rows.shape[1:])
-      for name, rows in batch.items()
-    }
-    return hosts.put_batch(batch, self.devices, axis=1)
-
-  def local(self, step: int) -> slice:
-    """Rows of batch `step` that this host reads."""
-    return hosts.local_rows(self.ramp.at(step).stage.batch_size)
-
-  def position(self, step: int) -> dict[str, Any]:
-    """Where the data stands before a step, for its checkpoint."""
-    place = self.ramp.at(step)
-    return {
-      "step": step,
-      "tokens": place.tokens,
-      "row": place.row,
-      "row_length": self.ramp.row_length,
-      "rows": self.batches.sizes,
-      "seed": self.asked.data.seed,
-    }
-
-
-def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
-  """Model, data and step of an experiment; nothing is written."""
-  # The model and its words.
-  config, tokenizer = experiment.choose_model(asked, folder)
-  devices = mesh.make(asked.parallel)
-  dtype = asked.model.dtype
-  decoder = decoder_lib.Decoder(
-    config,
-    dtype=hosts.fastest_dtype() if dtype == "auto" else dtype,
-    attention=asked.model.attention,
-    rematerialise=asked.model.rematerialise,
-  )
-
-  # The data: which rows step n reads follows from n alone.
-  if asked.data.prepared:
-    prepared = prepared_lib.read(asked.data.prepared)
-    ramp = experiment.make_ramp(asked, prepared.row_length)
-    experiment.check(asked, config, tokenizer, ramp, devices.size)
-    rows, heldout = prepared.sources, prepared.heldout
-  else:
-    ramp = experiment.make_ramp(asked, None)
-    experiment.check(asked, config, tokenizer, ramp, devices.size)
-    packed, unseen = batches_lib.pack_text(
-      asked.data, tokenizer, ramp.row_length
-    )
-    rows, heldout = {"text": packed}, {"text": unseen} if unseen else {}
-  batches = batches_lib.Batches(rows, asked.data, ramp)
-
-  # The step.
-  optimizer = optimizer_lib.make(asked.optimizer)
-  shapes, placed = state_lib.shardings(
-    functools.partial(decoder_lib.init, decoder), optimizer, devices
-  )
-  loss_sum = functools.partial(_loss_sum, decoder, asked.training.z_loss)
-  update = jax.jit(
-    step_lib.make(
-      next_token.make(loss_sum, len(rows)),
-      optimizer,
-      asked.training.spike_factor,
-      asked.metrics.layer_norms,
-    ),
-    # Every host reads the metrics.
-    out_shardings=(placed, jax.NamedSharding(devices, jax.P())),
-    donate_argnums=0,
-  )
-  return Run(
-    asked=asked,
-    tokenizer=tokenizer,
-    decoder=decoder,
-    devices=devices,
-    ramp=ramp,
-    batches=batches,
-    heldout=heldout,
-    shapes=shapes,
-    placed=placed,
-    first=functools.partial(_first_state, asked, decoder, optimizer, placed),
-    update=update,
-    rate=experiment.rates(asked, ramp),
-  )
-
-
-def _loss_sum(decoder, z_loss, params, *args):
-  return decoder.apply({"params": params}, *args, z_loss, method="loss_sum")
-
-
-def _first_state(asked, decoder, optimizer, placed):
-  """State 0: params of init or fresh ones, in float32, on the mesh."""
-  params = None
-  if asked.init:
-    params = checkpoint.load(asked.init, "--config.init", placed.params).params
-
-  def make(params):
-    if params is None:
-      key = jax.random.key(asked.training.seed)
-      params = nn.unbox(decoder_lib.init(decoder, key))
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    params = decoder_lib.grow_vocabulary(params, decoder.config.vocab_size)
-    return state_lib.create(params, optimizer)
-
-  return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
 
 
 def train(
@@ -205,7 +56,7 @@ def train(
     held = None
     if first and folder.is_dir():
       held = stack.enter_context(lock.hold(folder))
-    run = set_up(asked, folder)
+    run = run_lib.set_up(asked, folder)
     config = run.decoder.config
 
     # The run's folder. A float32 state is params and two moments.
@@ -220,14 +71,14 @@ def train(
     checkpoints = stack.enter_context(
       steps.Checkpoints(folder, keep.keep, keep.keep_every, keep.pinned)
     )
-    state = restore(run, checkpoints) or run.first()
+    state = run.restore(checkpoints) or run.first()
     start = int(state.step)
     _describe(run, start, folder)
     return _loop(run, state, start, checkpoints, held, folder, profile)
 
 
 def _loop(
-  run: Run, state, start: int, checkpoints, held, folder, profile
+  run: run_lib.Run, state, start: int, checkpoints, held, folder, profile
 ) -> int:
   """The steps that are left; returns an exit code."""
   asked, training = run.asked, run.asked.training
@@ -299,7 +150,7 @@ def _loop(
       if stopping or failing or due or step + 1 == training.steps:
         metrics.flush()
         with metrics.aside():
-          save(run, checkpoints, state, step + 1)
+          run.save(checkpoints, state, step + 1)
         saved = step + 1
       if failing:
         checkpoints.wait()
@@ -309,7 +160,7 @@ def _loop(
     metrics.flush()
     done = int(state.step)
     if saved != done:
-      save(run, checkpoints, state, done)
+      run.save(checkpoints, state, done)
     checkpoints.wait()
   if jax.process_index() == 0:
     curves.draw(folder)
@@ -327,7 +178,9 @@ def _loop(
   return 0
 
 
-def _give_up(run: Run, done: int, in_row: int, folder: pathlib.Path) -> int:
+def _give_up(
+  run: run_lib.Run, done: int, in_row: int, folder: pathlib.Path
+) -> int:
   """Tells what was in the batches that were left out, and how to look again.
 
   done: updates tried; the last in_row of them were left out.
@@ -359,12 +212,12 @@ def replay(
   asked: experiment.Experiment, folder: pathlib.Path, step: int
 ) -> int:
   """Computes update number `step` again and prints its gradient's hash."""
-  run = set_up(asked, folder)
+  run = run_lib.set_up(asked, folder)
   wanted = [s for s in steps.list_steps(folder / "checkpoints") if s < step]
   with jax.set_mesh(run.devices), _Signals() as signals:
     if wanted:
       # One that was pruned meanwhile, or is damaged, is an error of its own.
-      state = restore(run, steps.Checkpoints(folder, reading=True), wanted[-1])
+      state = run.restore(steps.Checkpoints(folder, reading=True), wanted[-1])
     else:
       state = run.first()
     start = int(state.step)
@@ -408,52 +261,7 @@ class _Signals:
     self.received = number
 
 
-def save(run: Run, checkpoints: steps.Checkpoints, state, step: int) -> None:
-  rest = {"opt_state": state.opt_state, "guard": state.guard}
-  # The data's position is the number of updates tried, skipped ones too.
-  checkpoints.save(step, state.params, rest, run.position(step))
-
-
-def restore(
-  run: Run,
-  checkpoints: steps.Checkpoints,
-  step: int | None = None,
-):
-  """The state of a step (None: the newest), or None where there is none.
-
-  Raises:
-    ConfigError: the config would go on with other data than the run's.
-  """
-  target = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    run.shapes,
-    run.placed,
-  )
-  rest = {"opt_state": target.opt_state, "guard": target.guard}
-  found = checkpoints.restore(target.params, rest, step)
-  if found is None:
-    return None
-  here = run.position(found.step)
-  # A new source may join; what the run has read must stay what it was.
-  here["rows"] = {name: here["rows"].get(name) for name in found.meta["rows"]}
-  for name, was in found.meta.items():
-    if here.get(name) != was:
-      raise errors.ConfigError(
-        f"by step {found.step} this run had {name}={was}, but with this config"
-        f" it would have {here.get(name)}: other data would follow. Keep its"
-        " training.batch_size, training.ramp, data.sequence_length and data as"
-        " they were (training.ramp changes them later on), or begin anew from"
-        " its weights with --config.init=orbax:WORKDIR in"
-        " another --workdir."
-      )
-  return state_lib.TrainState(
-    step=jnp.int32(found.step), params=found.params, **found.rest
-  )
-
-
-def _describe(run: Run, start: int, folder: pathlib.Path) -> None:
+def _describe(run: run_lib.Run, start: int, folder: pathlib.Path) -> None:
   total = decoder_lib.count_parameters(run.decoder.config)
   axes = ", ".join(f"{name}={size}" for name, size in run.devices.shape.items())
   first = run.ramp.stages[0]

@@ -25,19 +25,20 @@ BELOW = {
   # Nouns that live on top, for verbs and notebooks.
   "llama": {"checkpoint", "decoding", "model", "text"},
   "shell": {"checkpoint"},
-  "experiment": {
+  "experiment": {"data", "evals", "parallel", "shell", "training"},
+  "run": {
     "checkpoint",
     "data",
-    "evals",
+    "experiment",
     "model",
+    "objectives",
     "parallel",
-    "shell",
     "text",
     "training",
   },
   "__init__": {"llama", "text"},
 }
-TOP_NOUNS = {"__init__", "errors", "experiment", "llama", "shell"}
+TOP_NOUNS = {"__init__", "errors", "experiment", "llama", "run", "shell"}
 VERBS = {p.stem for p in PACKAGE.glob("*.py")} - TOP_NOUNS
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

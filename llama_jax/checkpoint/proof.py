@@ -274,3 +274,13 @@ def check_vocabulary(
       f" has model.vocab_size={config.vocab_size} rows; use the tokenizer that"
       " belongs to these weights."
     )
+
+
+def same_vocabulary(one, other) -> bool:
+  """Whether two tokenizers give the built-in text the same ids."""
+  return (one.vocab_size, one.bos_id, one.eos_id, one.encode(TEXT)) == (
+    other.vocab_size,
+    other.bos_id,
+    other.eos_id,
+    other.encode(TEXT),
+  )

@@ -35,14 +35,14 @@ class DataConfig:
     separate_documents: those of a row do not see each other (Llama 3); False
       lets them, as in LLaMA 1 and 2.
     sequence_length: tokens in a row, at first (training.ramp).
-    heldout: share of text's documents that are not trained on but evaluated;
-      a prepared folder has its own.
-    infill_rate: share of text's documents that are cut for infilling; a
-      prepared folder was given its own.
+    heldout: share of text's documents that are not trained on but evaluated.
+    infill_rate: share of text's documents that are cut for infilling. What is
+      prepared has both from its own config.
     workers: threads that read.
     seed: of the order of rows; every epoch has its own.
-    tokenizer: a tokenizer's file or folder; "" takes that of init or of the
-      prepared folder; "train" trains one on text, with the model's vocabulary.
+    tokenizer: a tokenizer's file or folder; "" takes that of init; "train"
+      trains one on text, with the model's vocabulary. What is prepared has its
+      own, and another is refused.
   """
 
   text: str | tuple[str, ...]
@@ -74,12 +74,6 @@ class DataConfig:
         " one of them, --config.data.text=FILE_OR_FOLDER or"
         " --config.data.prepared=DIR."
       )
-    for name in ("heldout", "infill_rate"):
-      if self.prepared and getattr(self, name):
-        raise errors.ConfigError(
-          f"data.{name}={getattr(self, name)} is for data.text; a prepared"
-          " folder got its own when it was prepared: use 0."
-        )
     if self.text and (self.mixture or self.later_mixtures):
       raise errors.ConfigError(
         "data.mixture is for the sources of data.prepared; data.text is one"

@@ -1,0 +1,377 @@
+"""A run put together: model, words, data, mesh and step of an experiment."""
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax import checkpoint, errors, experiment, text
+from llama_jax.checkpoint import proof, steps, store
+from llama_jax.data import batches as batches_lib
+from llama_jax.data import prepared as prepared_lib
+from llama_jax.data import ramp as ramp_lib
+from llama_jax.data import sources
+from llama_jax.model import config as config_lib
+from llama_jax.model import decoder as decoder_lib
+from llama_jax.model import sizes
+from llama_jax.objectives import next_token
+from llama_jax.parallel import hosts, mesh
+from llama_jax.text import folder as folder_lib
+from llama_jax.text import infill, sentencepiece_bpe, train_sentencepiece
+from llama_jax.training import optimizer as optimizer_lib
+from llama_jax.training import schedule
+from llama_jax.training import state as state_lib
+from llama_jax.training import step as step_lib
+
+# A tokenizer for a dry run is trained on no more text than this.
+TOKENIZER_BYTES = 20_000_000
+# Shares of the letters that it may try to give a piece of their own.
+COVERAGES = (train_sentencepiece.COVERAGE, 0.999, 0.99, 0.97, 0.95, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """All that a step needs but its state.
+
+  Attributes:
+    asked: the experiment.
+    tokenizer: the model's.
+    decoder: the model.
+    devices: the mesh.
+    ramp: batch sizes by step.
+    batches: data by step.
+    heldout: domain -> rows to evaluate on.
+    shapes, placed: of the state: ShapeDtypeStructs, and NamedShardings.
+    first: () -> state 0.
+    update: the compiled step.
+    rate: step -> learning rate.
+  """
+
+  asked: experiment.Experiment
+  tokenizer: Any
+  decoder: decoder_lib.Decoder
+  devices: jax.sharding.Mesh
+  ramp: ramp_lib.Ramp
+  batches: batches_lib.Batches
+  heldout: dict[str, Any]
+  shapes: state_lib.TrainState
+  placed: state_lib.TrainState
+  first: Any
+  update: Any
+  rate: Any
+
+  def put(self, step: int, batch: dict[str, np.ndarray]):
+    """A host's part of batch `step` as [A, B, ...] on the mesh."""
+    parts = self.ramp.at(step).stage.accumulation
+    batch = {
+      name: rows.reshape(parts, -1, *rows.shape[1:])
+      for name, rows in batch.items()
+    }
+    return hosts.put_batch(batch, self.devices, axis=1)
+
+  def local(self, step: int) -> slice:
+    """Rows of batch `step` that this host reads."""
+    return hosts.local_rows(self.ramp.at(step).stage.batch_size)
+
+  def position(self, step: int) -> dict[str, Any]:
+    """Where the data stands before a step, for its checkpoint."""
+    place = self.ramp.at(step)
+    return {
+      "step": step,
+      "tokens": place.tokens,
+      "row": place.row,
+      "row_length": self.ramp.row_length,
+      "rows": self.batches.sizes,
+      "seed": self.asked.data.seed,
+    }
+
+  def save(self, checkpoints: steps.Checkpoints, state, step: int) -> None:
+    """Starts to save a state and where its data stands."""
+    rest = {"opt_state": state.opt_state, "guard": state.guard}
+    # The data's position is the number of updates tried, skipped ones too.
+    checkpoints.save(step, state.params, rest, self.position(step))
+
+  def restore(self, checkpoints: steps.Checkpoints, step: int | None = None):
+    """The state of a step (None: the newest), or None where there is none.
+
+    Raises:
+      ConfigError: the config would go on with other data than the run's.
+    """
+    target = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      self.shapes,
+      self.placed,
+    )
+    rest = {"opt_state": target.opt_state, "guard": target.guard}
+    found = checkpoints.restore(target.params, rest, step)
+    if found is None:
+      return None
+    here = self.position(found.step)
+    # A new source may join; what the run has read must stay what it was.
+    here["rows"] = {name: here["rows"].get(name) for name in found.meta["rows"]}
+    for name, was in found.meta.items():
+      if here.get(name) != was:
+        raise errors.ConfigError(
+          f"by step {found.step} this run had {name}={was}, but with this"
+          f" config it would have {here.get(name)}: other data would follow."
+          " Keep its training.batch_size, training.ramp, data.sequence_length"
+          " and data as they were (training.ramp changes the first three later"
+          " on), or begin anew from its weights with"
+          " --config.init=orbax:WORKDIR in another --workdir."
+        )
+    return state_lib.TrainState(
+      step=jnp.int32(found.step), params=found.params, **found.rest
+    )
+
+
+def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
+  """Model, data and step of an experiment; nothing is written."""
+  # The model and its words.
+  config, tokenizer = choose_model(asked, folder)
+  devices = mesh.make(asked.parallel)
+  dtype = asked.model.dtype
+  decoder = decoder_lib.Decoder(
+    config,
+    dtype=hosts.fastest_dtype() if dtype == "auto" else dtype,
+    attention=asked.model.attention,
+    rematerialise=asked.model.rematerialise,
+  )
+
+  # The data: which rows step n reads follows from n alone.
+  if asked.data.prepared:
+    prepared = prepared_lib.read(asked.data.prepared)
+    ramp = make_ramp(asked, prepared.row_length)
+    check(asked, config, tokenizer, ramp, devices.size)
+    rows, heldout = prepared.sources, prepared.heldout
+  else:
+    ramp = make_ramp(asked, None)
+    check(asked, config, tokenizer, ramp, devices.size)
+    packed, unseen = batches_lib.pack_text(
+      asked.data, tokenizer, ramp.row_length
+    )
+    rows, heldout = {"text": packed}, {"text": unseen} if unseen else {}
+  batches = batches_lib.Batches(rows, asked.data, ramp)
+
+  # The step.
+  optimizer = optimizer_lib.make(asked.optimizer)
+  shapes, placed = state_lib.shardings(
+    functools.partial(decoder_lib.init, decoder), optimizer, devices
+  )
+  loss_sum = functools.partial(_loss_sum, decoder, asked.training.z_loss)
+  update = jax.jit(
+    step_lib.make(
+      next_token.make(loss_sum, len(rows)),
+      optimizer,
+      asked.training.spike_factor,
+      asked.metrics.layer_norms,
+    ),
+    # Every host reads the metrics.
+    out_shardings=(placed, jax.NamedSharding(devices, jax.P())),
+    donate_argnums=0,
+  )
+  return Run(
+    asked=asked,
+    tokenizer=tokenizer,
+    decoder=decoder,
+    devices=devices,
+    ramp=ramp,
+    batches=batches,
+    heldout=heldout,
+    shapes=shapes,
+    placed=placed,
+    first=functools.partial(_first_state, asked, decoder, optimizer, placed),
+    update=update,
+    rate=rates(asked, ramp),
+  )
+
+
+def _loss_sum(decoder, z_loss, params, *args):
+  return decoder.apply({"params": params}, *args, z_loss, method="loss_sum")
+
+
+def _first_state(asked, decoder, optimizer, placed):
+  """State 0: params of init or fresh ones, in float32, on the mesh."""
+  params = None
+  if asked.init:
+    params = checkpoint.load(asked.init, "--config.init", placed.params).params
+
+  def make(params):
+    if params is None:
+      key = jax.random.key(asked.training.seed)
+      params = nn.unbox(decoder_lib.init(decoder, key))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    params = decoder_lib.grow_vocabulary(params, decoder.config.vocab_size)
+    return state_lib.create(params, optimizer)
+
+  return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
+
+
+def choose_model(
+  asked: experiment.Experiment, folder: pathlib.Path
+) -> tuple[config_lib.LlamaConfig, Any]:
+  """The LlamaConfig and tokenizer: of the run so far, of init, or by name."""
+  size, init = asked.model.size, asked.init
+  if (folder / "model.json").is_file():
+    saved = f"orbax:{folder}"
+    config = store.read_model_config(folder)
+    tokenizer = store.read_model_tokenizer(folder)
+  elif init:
+    saved = init
+    config = checkpoint.read_config(init, "--config.init")
+    tokenizer = checkpoint.read_tokenizer(init, "--config.init")
+  elif size:
+    saved, config, tokenizer = "", sizes.get(size), None
+  else:
+    raise errors.ConfigError(
+      "there is no model: give --config.init=REF to go on from a checkpoint, or"
+      f" --config.model.size, one of {', '.join(sizes.SIZES)}."
+    )
+  if size and sizes.get(size) != config:
+    raise errors.ConfigError(
+      f"--config.model.size={size} is not the size of {saved}; leave it empty."
+    )
+  if saved == init:
+    config = _changed(asked.model, config)
+  return config, _choose_tokenizer(asked.data, config, tokenizer)
+
+
+def _changed(
+  model: experiment.ModelConfig, config: config_lib.LlamaConfig
+) -> config_lib.LlamaConfig:
+  names = ("vocab_size", "rope_theta", "context_length")
+  wanted = {n: getattr(model, n) for n in names if getattr(model, n)}
+  if wanted.get("vocab_size", config.vocab_size) < config.vocab_size:
+    raise errors.ConfigError(
+      f"model.vocab_size={model.vocab_size} is below the {config.vocab_size}"
+      " that --config.init has; words can be added, not taken away."
+    )
+  return dataclasses.replace(config, **wanted)
+
+
+def _choose_tokenizer(data: batches_lib.DataConfig, config, saved):
+  """The prepared folder's; or the one that is named; or else the saved."""
+  place = data.tokenizer
+  if data.prepared:
+    made = text.load_tokenizer(pathlib.Path(data.prepared) / "tokenizer")
+    if place not in ("", "train"):
+      saved = text.load_tokenizer(place)
+    if saved is not None and not proof.same_vocabulary(made, saved):
+      raise errors.ConfigError(
+        f"data.prepared={data.prepared} was made with another tokenizer than"
+        " that of the model (of --config.data.tokenizer, --config.init or the"
+        " run so far); prepare the text with the model's own."
+      )
+    return made
+  if place and place != "train":
+    return text.load_tokenizer(place)
+  if saved is not None:
+    return saved
+  if place == "train":
+    return _train_tokenizer(data, config.vocab_size)
+  raise errors.ConfigError(
+    "there is no tokenizer: give --config.data.tokenizer=PATH, or"
+    " --config.data.tokenizer=train to train one on --config.data.text."
+  )
+
+
+def _train_tokenizer(data: batches_lib.DataConfig, vocab_size: int):
+  """A SentencePiece of the model's vocabulary, for dry runs on any text."""
+  print(f"tokenizer  training {vocab_size:,} pieces on {data.text}", flush=True)
+  kept, size = [], 0
+  for _, document in sources.stream(data.text):
+    kept += train_sentencepiece.sentences(document)
+    size += len(document.encode())
+    if size > TOKENIZER_BYTES:
+      break
+  special = infill.CODE_LLAMA if data.infill_rate else ()
+  for coverage in COVERAGES:
+    try:
+      model = train_sentencepiece.train(kept, vocab_size, coverage, special)
+      break
+    except errors.UserError as error:
+      # Too few pieces for this text's letters: bytes spell the rarest.
+      if coverage == COVERAGES[-1]:
+        raise errors.ConfigError(f"data.tokenizer=train: {error}") from error
+  # What a folder without any other file says.
+  with tempfile.TemporaryDirectory() as empty:
+    settings = folder_lib.read_settings(pathlib.Path(empty))
+  return sentencepiece_bpe.from_model(model, str(data.text), settings)
+
+
+def make_ramp(
+  asked: experiment.Experiment, row_length: int | None
+) -> ramp_lib.Ramp:
+  """Its batches by step; row_length of prepared data, None for data.text."""
+  training, data = asked.training, asked.data
+  first = ramp_lib.Stage(
+    from_tokens=0,
+    batch_size=training.batch_size,
+    sequence_length=data.sequence_length,
+    accumulation=training.accumulation,
+  )
+  stages = [first, *(ramp_lib.Stage(**stage) for stage in training.ramp)]
+  longest = max(stage.sequence_length for stage in stages)
+  if row_length is not None and row_length < longest:
+    raise errors.ConfigError(
+      f"data.sequence_length={longest} is longer than the rows of"
+      f" {row_length} tokens in data.prepared={data.prepared}; prepare it with"
+      f" row_length={longest}, or use {row_length} or less."
+    )
+  return ramp_lib.Ramp(stages, row_length or longest)
+
+
+def check(
+  asked: experiment.Experiment,
+  config: config_lib.LlamaConfig,
+  tokenizer,
+  ramp: ramp_lib.Ramp,
+  num_devices: int,
+) -> None:
+  """Refuses, before any compile, what cannot work together."""
+  parallel = asked.parallel.resolve(num_devices)
+  for stage in ramp.stages:
+    rows = stage.batch_size // stage.accumulation
+    mesh.check(
+      parallel,
+      {
+        "tensor": {
+          "model.num_kv_heads": config.num_kv_heads,
+          "model.num_heads": config.num_heads,
+          "model.mlp_dim": config.mlp_dim,
+          "model.vocab_size": config.vocab_size,
+        },
+        "fsdp": {"model.embed_dim": config.embed_dim},
+        "batch": {"training.batch_size / training.accumulation": rows},
+      },
+    )
+    if stage.sequence_length > config.context_length:
+      raise errors.ConfigError(
+        f"data.sequence_length={stage.sequence_length} is longer than the"
+        f" model's context of {config.context_length}; use that or less."
+      )
+  if tokenizer.vocab_size > config.vocab_size:
+    raise errors.ConfigError(
+      f"the tokenizer has {tokenizer.vocab_size} words and the model"
+      f" {config.vocab_size}; give the model's own with"
+      " --config.data.tokenizer=PATH."
+    )
+
+
+def rates(asked: experiment.Experiment, ramp: ramp_lib.Ramp):
+  """Step (0 is the first) -> its learning rate."""
+  shape, total = asked.optimizer, asked.training.steps
+  ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
+
+  def rate(step: int) -> float:
+    tokens = ramp.at(step).tokens
+    return schedule.learning_rate(shape, step, tokens, *ends)
+
+  return rate
