@@ -31,8 +31,6 @@ from llama_jax.training import step as step_lib
 
 # A tokenizer for a dry run is trained on no more text than this.
 TOKENIZER_BYTES = 20_000_000
-# Shares of the letters that it may try to give a piece of their own.
-COVERAGES = (train_sentencepiece.COVERAGE, 0.999, 0.99, 0.97, 0.95, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,14 +290,7 @@ def _train_tokenizer(data: batches_lib.DataConfig, vocab_size: int):
     if size > TOKENIZER_BYTES:
       break
   special = infill.CODE_LLAMA if data.infill_rate else ()
-  for coverage in COVERAGES:
-    try:
-      model = train_sentencepiece.train(kept, vocab_size, coverage, special)
-      break
-    except errors.UserError as error:
-      # Too few pieces for this text's letters: bytes spell the rarest.
-      if coverage == COVERAGES[-1]:
-        raise errors.ConfigError(f"data.tokenizer=train: {error}") from error
+  model = train_sentencepiece.train(kept, vocab_size, special, at_most=True)
   # What a folder without any other file says.
   with tempfile.TemporaryDirectory() as empty:
     settings = folder_lib.read_settings(pathlib.Path(empty))

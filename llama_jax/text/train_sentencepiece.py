@@ -7,7 +7,9 @@ ids 0 unk, 1 bos, 2 eos, no pad, 99.995 % of the letters covered, sentences of
 line end.
 """
 
+import collections
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +19,6 @@ import sentencepiece
 from llama_jax import errors
 
 MAX_SENTENCE_BYTES = 4192
-COVERAGE = 0.99995
 # SentencePiece drops a whole sentence for a NUL, or for the letter that it
 # marks unknown ones with; cut there, it loses no more than that letter.
 _ENDS = re.compile("[\n\0\u2585]")
@@ -43,16 +44,18 @@ def sentences(text: str) -> Iterator[str]:
 def train(
   lines: Iterable[str],
   vocab_size: int,
-  coverage: float = COVERAGE,
   special: Sequence[str] = (),
+  *,
+  at_most: bool = False,
 ) -> bytes:
   """The tokenizer.model of a text.
 
   lines: what `sentences` gives; read once, and held in memory by the library.
   vocab_size: with the 256 bytes and the three special pieces.
-  coverage: share of the letters that get a piece; bytes spell the others.
   special: pieces that no text spells, such as those for infilling; the first
     ids after eos.
+  at_most: any text will do: one that is too small gives fewer pieces, and of
+    one with too many letters the rarest are spelt in bytes.
 
   Raises:
     UserError: the text is too small or has too many letters for vocab_size.
@@ -60,6 +63,8 @@ def train(
   """
   failed = []
   model = io.BytesIO()
+  if at_most:
+    lines = _frequent(list(lines), (vocab_size - 259 - len(special)) // 2)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=_guarded(lines, failed),
@@ -67,7 +72,8 @@ def train(
       model_type="bpe",
       vocab_size=vocab_size,
       max_sentence_length=MAX_SENTENCE_BYTES,
-      character_coverage=coverage,
+      character_coverage=1.0 if at_most else 0.99995,
+      hard_vocab_limit=not at_most,
       control_symbols=list(special),
       byte_fallback=True,
       split_digits=True,
@@ -100,3 +106,13 @@ def _guarded(lines: Iterable[str], failed: list) -> Iterator[str]:
   except Exception as error:
     failed.append(error)
     raise
+
+
+def _frequent(lines: list[str], most: int) -> Iterator[str]:
+  """The lines, cut at all but the most frequent letters."""
+  counts = collections.Counter(itertools.chain.from_iterable(lines))
+  kept = {letter for letter, _ in counts.most_common(max(most, 1))}
+  for line in lines:
+    for is_kept, letters in itertools.groupby(line, kept.__contains__):
+      if is_kept:
+        yield "".join(letters)
