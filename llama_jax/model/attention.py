@@ -3,6 +3,7 @@
 B batch, T tokens, t = B * T, N heads, K kv heads, H head dim, D embed.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,6 +25,44 @@ class Tokens(NamedTuple):
   segments_BT: jax.Array
   cos_BTh: jax.Array
   sin_BTh: jax.Array
+
+
+def attend(kernel: str, q_BTNH, k_BTKH, v_BTKH, tokens: Tokens) -> jax.Array:
+  """Tokens' attention to one another by a kernel, on any mesh.
+
+  kernel: "auto" or a key of kernels.ATTENTION; raises ConfigError where it
+  cannot run.
+  """
+  name = kernels.resolve(kernel, q_BTNH.dtype, q_BTNH.shape[-1])
+
+  def call(q_BTNH, k_BTKH, v_BTKH, pos_BT, seg_BT):
+    return kernels.ATTENTION[name](
+      q_BTNH,
+      k_BTKH,
+      v_BTKH,
+      q_pos_BT=pos_BT,
+      k_pos_BS=pos_BT,
+      q_seg_BT=seg_BT,
+      k_seg_BS=seg_BT,
+    )
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if name in kernels.PER_DEVICE and not mesh.empty and mesh.size > 1:
+    (axes,) = rules.spec(("batch",))
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    # Fewer rows than parts, as in a prefill: every part does all of them.
+    batch = None if len(q_BTNH) % parts else "batch"
+    heads = rules.spec((batch, None, "heads", None))
+    kv_heads = rules.spec((batch, None, "kv_heads", None))
+    rows = rules.spec((batch, None))
+    call = jax.shard_map(
+      call,
+      in_specs=(heads, kv_heads, kv_heads, rows, rows),
+      out_specs=heads,
+      # Pallas calls do not say what varies over the mesh.
+      check_vma=False,
+    )
+  return call(q_BTNH, k_BTKH, v_BTKH, tokens.positions_BT, tokens.segments_BT)
 
 
 class Attention(nn.Module):
@@ -67,24 +106,17 @@ class Attention(nn.Module):
       written = cache_lib.write(
         cache.keys[layer], cache.values[layer], k_BTKH, v_BTKH, cache.used
       )
-    where = {"q_pos_BT": tokens.positions_BT, "q_seg_BT": tokens.segments_BT}
     if cache is None or cache.fresh:
-      out_BTNH = kernels.ATTENTION[self.kernel](
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        k_pos_BS=tokens.positions_BT,
-        k_seg_BS=tokens.segments_BT,
-        **where,
-      )
+      out_BTNH = attend(self.kernel, q_BTNH, k_BTKH, v_BTKH, tokens)
     else:
       out_BTNH = cached.attend(
         q_BTNH,
         written[0].astype(self.dtype),
         written[1].astype(self.dtype),
+        q_pos_BT=tokens.positions_BT,
         k_pos_BS=cache.positions_BS,
+        q_seg_BT=tokens.segments_BT,
         k_seg_BS=cache.segments_BS,
-        **where,
       )
     out = linear.Linear(
       (N * H, D),

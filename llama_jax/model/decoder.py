@@ -63,7 +63,7 @@ class Decoder(nn.Module):
       float32 whatever it is; the residual stream is in dtype. "float8" is
       bfloat16 but for the blocks' projections (kernels/fp8.py), for training
       alone; where no unit computes it, it is emulated and slow.
-    attention: a key of kernels.ATTENTION.
+    attention: a key of kernels.ATTENTION, or "auto": the platform's fastest.
     rematerialise: what the backward pass computes again of each block: "none"
       nothing, "dots" what lies between the matrix products (norms, RoPE,
       SwiGLU), "attention" all but the attention kernel, "full" everything.
@@ -73,14 +73,14 @@ class Decoder(nn.Module):
 
   config: config_lib.LlamaConfig
   dtype: str = "float32"
-  attention: str = "chunked"
+  attention: str = "auto"
   rematerialise: str = "full"
   scan: bool = True
 
   def __post_init__(self):
     for name, allowed in (
       ("dtype", DTYPES),
-      ("attention", tuple(kernels.ATTENTION)),
+      ("attention", (kernels.AUTO, *kernels.ATTENTION)),
       ("rematerialise", tuple(REMATERIALISATION)),
     ):
       if getattr(self, name) not in allowed:
@@ -256,6 +256,8 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   end in the residual stream divided by sqrt(2 L). Not published for LLaMA.
   """
   token = jnp.zeros((1, 1), jnp.int32)
+  # Which kernel attends is no matter to params, and one runs everywhere.
+  decoder = decoder.clone(attention="reference")
   return decoder.init(key, token, token, token)["params"]
 
 

@@ -1,5 +1,8 @@
 """Every attention kernel against attention written out in NumPy float64.
 
+Splash runs in interpret mode, and cuDNN's place is taken by plain products, so
+that what stands around them is what is tested here.
+
 Tolerances: float32 products of some hundred terms, values of order 1.
 """
 
@@ -8,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import kernels
-from llama_jax.kernels import cached, chunked, reference
+from llama_jax import errors, kernels
+from llama_jax.kernels import cached, chunked, cudnn, reference, splash
 
 HEADS = {"MHA": (4, 4), "GQA": (6, 2), "MQA": (3, 1)}
 
@@ -63,8 +66,10 @@ def attend(name, q, k, v, positions, segments):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  """So that short sequences are many tiles."""
+  """So that short sequences are many tiles; and no kernel needs its device."""
   monkeypatch.setattr(chunked, "TILE", 8)
+  monkeypatch.setattr(splash, "INTERPRET", True)
+  monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
 
 
 # 7: less than a block; 16: whole blocks; 37: a last block cut short; 150: more
@@ -98,11 +103,21 @@ def test_left_padding(name):
   assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("name", set(kernels.ATTENTION) - {"reference"})
-@pytest.mark.parametrize("heads", ["GQA", "MHA"])
-def test_gradients_equal_the_references(name, heads):
+OTHERS = sorted(set(kernels.ATTENTION) - {"reference"})
+
+
+# The rows of "one" are one document and its padding, which cuDNN can do.
+@pytest.mark.parametrize(
+  "name, heads, rows",
+  [(name, "GQA", rows) for name in OTHERS for rows in ("packed", "one")]
+  + [("chunked", heads, "packed") for heads in ("MHA", "MQA")],
+)
+def test_gradients_equal_the_references(name, heads, rows):
   N, K = HEADS[heads]
-  q, k, v, pos, seg = make_case(1, 2, 21, N, K, 6, packed(2, 21))
+  segments = packed(2, 21)
+  if rows == "one":
+    segments[segments == 2] = 1
+  q, k, v, pos, seg = make_case(1, 2, 21, N, K, 6, segments)
   cotangent = np.random.default_rng(2).normal(size=q.shape).astype(np.float32)
   cotangent[seg == 0] = 0
 
@@ -115,6 +130,102 @@ def test_gradients_equal_the_references(name, heads):
   for ours, want in zip(gradients(name), gradients("reference"), strict=True):
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(ours, want, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bfloat16_gradients(name):
+  """No farther from float32's than a bfloat16 rounding of each product."""
+  q, k, v, pos, seg = make_case(7, 2, 40, 6, 2, 8, packed(2, 40))
+  cotangent = np.random.default_rng(8).normal(size=q.shape)
+  cotangent[seg == 0] = 0
+
+  def gradients(name, dtype):
+    def loss(*qkv):
+      out = attend(name, *qkv, pos, seg)
+      return jnp.sum(out.astype(jnp.float32) * cotangent.astype(np.float32))
+
+    return jax.grad(loss, (0, 1, 2))(
+      *(jnp.asarray(a, dtype) for a in (q, k, v))
+    )
+
+  low = gradients(name, jnp.bfloat16)
+  for ours, want in zip(low, gradients("reference", jnp.float32), strict=True):
+    assert ours.dtype == jnp.bfloat16
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(
+      np.asarray(ours, np.float32), want, atol=0.02 * scale
+    )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_queries_than_keys(name):
+  """A few new tokens over a row of keys, as a chunked prefill has them."""
+  q, k, v, pos, seg = make_case(9, 2, 37, 4, 2, 8, packed(2, 37))
+  last = slice(20, 31)
+  where = {
+    "q_pos_BT": pos[:, last],
+    "k_pos_BS": pos,
+    "q_seg_BT": seg[:, last],
+    "k_seg_BS": seg,
+  }
+  out = jax.jit(kernels.ATTENTION[name])(q[:, last], k, v, **where)
+  want = plain_attention(q[:, last], k, v, pos[:, last], pos, seg[:, last], seg)
+  real = ~np.isnan(want)
+  np.testing.assert_allclose(np.asarray(out)[real], want[real], atol=2e-6)
+
+
+def test_a_long_row_equals_the_reference(monkeypatch):
+  """With tiles of the size that is used."""
+  monkeypatch.undo()
+  T = 5 * chunked.TILE + 3
+  seg = np.ones((1, T), np.int32)
+  seg[:, 300:], seg[:, 600:] = 2, 0
+  q, k, v, pos, seg = make_case(10, 1, T, 2, 1, 8, seg)
+  out = np.asarray(attend("chunked", q, k, v, pos, seg))
+  want = np.asarray(attend("reference", q, k, v, pos, seg))
+  np.testing.assert_allclose(out[seg != 0], want[seg != 0], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "segments, counted, want",
+  [
+    ([1, 1, 1], [0, 1, 2], True),
+    ([7, 7, 0], [0, 1, 0], True),
+    ([0, 0, 0], [0, 0, 0], True),
+    ([0, 1, 1], [0, 0, 1], False),
+    ([1, 0, 1], [0, 0, 2], False),
+    ([1, 1, 2], [0, 1, 2], False),
+    ([1, 1, 1], [0, 0, 1], False),
+    ([1, 1, 1], [1, 2, 3], False),
+  ],
+)
+def test_rows_that_cudnn_can_take(segments, counted, want):
+  both = [np.asarray([[0, 1, 2], a], np.int32) for a in (counted, segments)]
+  both[1][0] = 1
+  assert bool(cudnn.plain(*both)) == want
+
+
+def test_which_kernel_runs_where(monkeypatch):
+  def auto(platform, dtype="bfloat16", head_dim=128):
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    return kernels.resolve("auto", dtype, head_dim)
+
+  assert auto("cpu") == auto("gpu", "float32") == auto("gpu", head_dim=20)
+  assert (auto("cpu"), auto("gpu"), auto("tpu")) == (
+    "chunked",
+    "cudnn",
+    "splash",
+  )
+  assert kernels.resolve("reference", "float32", 64) == "reference"
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_kernel_that_cannot_run_here_says_why_and_what_can(name):
+  with pytest.raises(errors.ConfigError) as caught:
+    kernels.resolve(name, "bfloat16", 64)
+  message = str(caught.value)
+  assert f"model.attention='{name}'" in message and "this is a cpu" in message
+  assert "use auto or one of reference, chunked." in message
 
 
 def test_reference_gradient_is_the_numerical_one():

@@ -268,7 +268,7 @@ def test_bfloat16_stays_close():
 
 @pytest.mark.parametrize(
   "field, value",
-  [("dtype", "float8"), ("attention", "flash"), ("rematerialise", "some")],
+  [("dtype", "float4"), ("attention", "flash"), ("rematerialise", "some")],
 )
 def test_unknown_choices_are_refused(field, value):
   with pytest.raises(errors.ConfigError) as caught:
