@@ -77,6 +77,10 @@ def test_command(clone, command):
     "llama_jax.evaluate": ["--window=128", "--stride=128"],
     "llama_jax.generate": ["--max_new_tokens=8"],
   }.get(command[2], [])
+  if any(":nano" in word for word in command):
+    small = ["--config.training.steps=2"]
+  elif "--replay=2" in command:
+    small = []
   # The nano model's two kv heads split in two, SmolLM2's three in three.
   words = [
     word.replace("cpu_devices=3", "cpu_devices=2").replace(
