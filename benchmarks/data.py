@@ -8,10 +8,12 @@ First the stages one by one, in this process: reading with filters and
 duplicates, the tokenizer alone, making a shard. Then the verb as a process of
 its own, start and all, a round at a time, beside the library's own rate on one
 thread. Then rows read in a shuffled order and cut for the model, by one thread
-and by two. Everything it made is deleted.
+and by two; at last training steps with the loader on and without it. Everything
+it made is deleted.
 """
 
 import concurrent.futures
+import dataclasses
 import datetime
 import json
 import os
@@ -23,12 +25,22 @@ import sys
 import tempfile
 import time
 
+import flax.linen as nn
+import jax
 import numpy as np
 from absl import flags
 
-from llama_jax import errors, prepare, shell
-from llama_jax.data import packing, preparation, prepared
+from llama_jax import errors, experiment, prepare, shell
+from llama_jax.data import batches as batches_lib
+from llama_jax.data import packing, preparation, prepared, ramp
 from llama_jax.data import parts as parts_lib
+from llama_jax.model import decoder as decoder_lib
+from llama_jax.model import sizes
+from llama_jax.objectives import next_token
+from llama_jax.parallel import hosts, mesh
+from llama_jax.training import optimizer as optimizer_lib
+from llama_jax.training import state as state_lib
+from llama_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "data" / "folder.py"
@@ -120,6 +132,65 @@ def read(folder: pathlib.Path, threads: int) -> float:
   return len(rows) * data.row_length / (time.monotonic() - began)
 
 
+def steps(folder: pathlib.Path, rounds: int) -> dict[str, float]:
+  """Median seconds of a training step, its batches read as it goes or one
+  batch again and again; ten steps of each in turns."""
+  data = prepared.read(folder)
+  config = dataclasses.replace(
+    sizes.get("llama-10m"),
+    vocab_size=-(-data.vocab_size // 64) * 64,
+    context_length=data.row_length,
+  )
+  devices = mesh.make(mesh.ParallelConfig(data=-1, fsdp=1, tensor=1))
+  decoder = decoder_lib.Decoder(config)
+  recipe = shell.load_config(str(ROOT / "configs" / "nano.py"))
+  recipe.data.update(prepared=str(folder), sequence_length=data.row_length)
+  asked = experiment.read(recipe)
+  optimizer = optimizer_lib.make(asked.optimizer)
+  stage = ramp.Stage(0, 2 * devices.size, data.row_length, 1)
+  batches = batches_lib.Batches(
+    data.sources, asked.data, ramp.Ramp([stage], data.row_length)
+  )
+
+  def loss_sum(params, *batch):
+    return decoder.apply({"params": params}, *batch, 0.0, method="loss_sum")
+
+  update = jax.jit(
+    step_lib.make(next_token.make(loss_sum, 1), optimizer, spike_factor=0),
+    donate_argnums=0,
+  )
+  times: dict[str, list[float]] = {"loaded": [], "same": []}
+  with jax.set_mesh(devices):
+    params = nn.unbox(decoder_lib.init(decoder, jax.random.key(0)))
+    state = state_lib.create(params, optimizer)
+
+    def one(state, batch):
+      began = time.monotonic()
+      batch = {name: rows[None] for name, rows in batch.items()}
+      batch = hosts.put_batch(batch, devices, axis=1)
+      state, _ = jax.block_until_ready(update(state, batch, np.float32(1e-4)))
+      return state, time.monotonic() - began
+
+    same = batches.get(0)
+    state, _ = one(state, same)  # compiles
+    at = 1
+    for _ in range(rounds):
+      reading = batches_lib.read_ahead(
+        batches, range(at, at + 10), lambda step: slice(None), workers=1
+      )
+      began = time.monotonic()
+      for batch in reading:
+        state, _ = one(state, batch)
+        # From step to step, waiting for the batch included.
+        times["loaded"].append(time.monotonic() - began)
+        began = time.monotonic()
+      at += 10
+      for _ in range(10):
+        state, seconds = one(state, same)
+        times["same"].append(seconds)
+  return {name: statistics.median(found) for name, found in times.items()}
+
+
 def main(argv) -> None:
   del argv
   if not _TOKENIZER.value or not _TEXT.value:
@@ -142,6 +213,7 @@ def main(argv) -> None:
         flush=True,
       )
     reads = {threads: read(out, threads) for threads in (1, 2)}
+    stepped = steps(out, _ROUNDS.value)
   rate = tokens / statistics.median(seconds)
   result = {
     "date": datetime.date.today().isoformat(),
@@ -155,12 +227,15 @@ def main(argv) -> None:
     "stages": alone,
     "prepared_tokens_per_second": rate,
     "read_tokens_per_second": reads,
+    "step_seconds": stepped,
   }
   for what, got, least in (
     ("prepared", rate, LEAST_PREPARED),
     ("read", max(reads.values()), LEAST_READ),
   ):
     print(f"{what}: {got:,.0f} tokens a second; at least {least:,.0f} wanted")
+  ratio = stepped["loaded"] / stepped["same"]
+  print(f"a step with the loader on: {ratio:.3f} times one without it")
   target = pathlib.Path(_OUT.value)
   target.parent.mkdir(parents=True, exist_ok=True)
   target.write_text(json.dumps(result, indent=2) + "\n")

@@ -28,8 +28,9 @@ class Guard:
 
 
 def create() -> Guard:
-  zero = jnp.int32(0)
-  return Guard(zero, zero, zero, jnp.float32(0), jnp.float32(0))
+  # Arrays of their own: a state that is donated must not hold one twice.
+  counts = (jnp.zeros((), jnp.int32) for _ in range(3))
+  return Guard(*counts, loss=jnp.zeros(()), norm=jnp.zeros(()))
 
 
 def judge(
