@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from llama_jax import errors, experiment, shell, train
+from llama_jax import errors, experiment, shell
+from llama_jax import run as run_lib
 from llama_jax.checkpoint import atomic, hugging_face
 from llama_jax.evals import heldout
 from llama_jax.training import metrics
@@ -34,7 +35,7 @@ BAR = 0.01
 FIELDS = ("tokens", "targets", "positions", "segments", "loss_mask")
 
 
-def export(run: train.Run, folder: pathlib.Path, steps: int) -> None:
+def export(run: run_lib.Run, folder: pathlib.Path, steps: int) -> None:
   """Writes all that the peer needs to do the run's first steps.
 
   recipe.json   what does not change, and the rate of each step
@@ -162,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
   exchange = pathlib.Path(flags.FLAGS.folder or folder / "peer").expanduser()
   asked = experiment.read(experiment.read_described(folder))
   steps = flags.FLAGS.steps or asked.training.steps
-  export(train.set_up(asked, folder), exchange, steps)
+  export(run_lib.set_up(asked, folder), exchange, steps)
   worker = [flags.FLAGS.peer_python, HERE / "peer_pretrain_torch.py", exchange]
   done = subprocess.run([str(word) for word in worker])
   if done.returncode:

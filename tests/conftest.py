@@ -154,18 +154,20 @@ def run_verbs(tmp_path_factory):
   """Runs commands, each in a process of its own, forked after the imports.
 
   Takes lists such as ["llama_jax.train", "--workdir=..."]; gives (exit code,
-  stdout, stderr) of each.
+  stdout, stderr) of each, run in cwd; the one that reads gets `given`.
   """
 
-  def run(*commands):
+  def run(*commands, cwd=ROOT, given=""):
     folder = tmp_path_factory.mktemp("verbs")
     arguments = json.dumps([[str(w) for w in c] for c in commands])
     done = subprocess.run(
       [sys.executable, "-W", "ignore", "-c", _DRIVER, arguments, str(folder)],
+      input=given,
       capture_output=True,
       text=True,
-      cwd=ROOT,
-      timeout=300,
+      cwd=cwd,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return [

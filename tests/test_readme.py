@@ -42,11 +42,10 @@ def clone(nano, tmp_path_factory) -> pathlib.Path:
   return folder
 
 
-def run(folder: pathlib.Path, *arguments: str, given: str = ""):
+def run(folder: pathlib.Path, *arguments: str):
   done = subprocess.run(
     [sys.executable, *arguments],
     cwd=folder,
-    input=given,
     capture_output=True,
     text=True,
     # As users run it: other tests turn XLA's optimisations off.
@@ -64,10 +63,8 @@ def test_the_two_commands_are_the_scripts_that_are_there():
     assert os.access(ROOT / command[0], os.X_OK), command
 
 
-@pytest.mark.parametrize(
-  "command", [c for c in commands() if c[0] == "python"], ids=" ".join
-)
-def test_command(clone, command):
+def at_nano_size(command: list[str]) -> list[str]:
+  """What python -m is given."""
   small = {
     "llama_jax.train": [
       "--config.training.steps=2",
@@ -86,11 +83,26 @@ def test_command(clone, command):
     word.replace("cpu_devices=3", "cpu_devices=2").replace(
       "tensor=3", "tensor=2"
     )
-    for word in command[1:]
+    for word in command[2:]
   ]
-  said = "Hello there\n" if "--chat" in command else ""
-  done = run(clone, *words, *small, given=said)
-  assert done.stdout
+  return [*words, *small]
+
+
+VERBS = [c for c in commands() if c[0] == "python"]
+
+
+@pytest.fixture(scope="module")
+def results(clone, run_verbs):
+  """All of them, in the order of a reader."""
+  found = run_verbs(*map(at_nano_size, VERBS), cwd=clone, given="Hello there\n")
+  return dict(zip(map(tuple, VERBS), found, strict=True))
+
+
+@pytest.mark.parametrize("command", VERBS, ids=" ".join)
+def test_command(results, command):
+  code, out, err = results[tuple(command)]
+  assert code == 0, out + err
+  assert out
 
 
 def test_notebook_lines(clone):

@@ -1,21 +1,13 @@
-"""The whole of train: it learns, sharded equals alone, mistakes are told.
-
-test_survival.py kills, stops and resumes it.
-"""
+"""train on a mesh, and the mistakes it tells; test_survival.py has the rest."""
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from llama_jax import errors, experiment, shell, train
-from llama_jax.checkpoint import names, store
 from llama_jax.training import metrics as metrics_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,72 +48,19 @@ def flags_of(corpus, tokenizer_folder):
   return make
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-  """Starts a command as a user would, with one compile cache for all."""
-  cache = tmp_path_factory.mktemp("compiled")
-
-  def run(command):
-    return subprocess.Popen(
-      [sys.executable, "-m", *map(str, command)],
-      cwd=ROOT,
-      env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-
-  return run
-
-
 def rows_of(folder):
   rows = metrics_lib.read(folder / "metrics.jsonl")
   return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def final(folder):
-  params = names.flatten(store.read_params(folder))
-  return {path: np.asarray(leaf) for path, leaf in params.items()}
-
-
-def wait_for(process, folder, step):
-  """Until metrics.jsonl has the row of this step."""
-  deadline = time.monotonic() + 120
-  while time.monotonic() < deadline and process.poll() is None:
-    if len(rows_of(folder)) >= step:
-      return
-    time.sleep(0.005)
-  raise AssertionError((process.poll(), process.communicate()))
-
-
-def finish(process, code=0):
-  out, err = process.communicate(timeout=200)
-  assert process.returncode == code, err
-  return out, err
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, flags_of, start):
-  """An uninterrupted run on one device."""
+def whole(tmp_path_factory, flags_of, run_verbs):
+  """A run on one device."""
   folder = tmp_path_factory.mktemp("whole")
-  out, _ = finish(start(flags_of(folder)))
+  ((code, out, err),) = run_verbs(flags_of(folder))
+  assert code == 0, err
   assert f"orbax:{folder}" in out
   return folder
-
-
-def test_a_run_learns_and_says_so(whole):
-  rows = rows_of(whole)
-  assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-  losses = [row["loss"] for row in rows]
-  # From log(512) = 6.24 by a good part of a nat.
-  assert abs(losses[0] - np.log(512)) < 0.2
-  assert np.mean(losses[-5:]) < losses[0] - 0.7
-  assert all(row["skipped"] == 0 for row in rows)
-  for name in ("config.json", "model.json", "curves.png", "tokenizer"):
-    assert (whole / name).exists()
-  assert json.loads((whole / "config.json").read_text())["training"]["steps"]
-  kept = sorted(p.name for p in (whole / "checkpoints").iterdir())
-  assert kept == ["32", "40"]
 
 
 def asked_by(flags):
@@ -238,13 +177,6 @@ def test_mistakes_end_in_one_line(run_verbs, flags_of, tmp_path, corpus):
     print(name)
     one_line(result, *said)
   assert not (tmp_path / "w" / "checkpoints").exists()
-
-
-def test_a_finished_run_is_left_as_it_is(whole, flags_of, start):
-  before = rows_of(whole)
-  out, _ = finish(start(flags_of(whole)))
-  assert f"done: step {STEPS}" in out
-  assert rows_of(whole) == before
 
 
 def test_another_model_in_the_same_folder_is_refused(whole, flags_of):

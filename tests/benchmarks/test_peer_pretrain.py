@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import checkpoint, errors, experiment, shell, train
+from llama_jax import checkpoint, errors, experiment, shell
+from llama_jax import run as run_lib
 from llama_jax.checkpoint import names
 from llama_jax.data import packing
 
@@ -41,7 +42,7 @@ def run(tmp_path_factory, python_source, tokenizer_folder):
     for n in (20, 90, 150, 31)
   ]
   rows = list(packing.pack(documents, length))
-  made = train.set_up(experiment.read(config), folder)
+  made = run_lib.set_up(experiment.read(config), folder)
   return dataclasses.replace(made, heldout={"books": rows})
 
 

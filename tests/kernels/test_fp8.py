@@ -98,6 +98,7 @@ def test_operands_of_every_product_are_float8():
   assert kinds == [(1, 1, 0), (1, 1, 1), (2, 0, 0)]
 
 
+@pytest.mark.slow
 def test_a_nano_model_learns_in_float8_as_in_bfloat16():
   """Mean loss over the last 10 of 50 steps: within 0.01 nats of bfloat16's.
 
