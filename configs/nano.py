@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
       "data": {
         "text": "",
         "prepared": "",
-        "mixture": {},
+        "mixture": "",
         "later_mixtures": (),
         "separate_documents": True,
         "sequence_length": 64,

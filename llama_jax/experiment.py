@@ -1,11 +1,14 @@
 """What a training config means: its sections, checked."""
 
+import collections
 import dataclasses
 import json
 import pathlib
 import platform
 import subprocess
 import sys
+
+import jax
 
 from llama_jax import errors, shell
 from llama_jax.data import batches
@@ -85,13 +88,17 @@ class TrainingConfig:
         f"training.spike_factor={self.spike_factor} must be above 1, or 0 for"
         " none."
       )
+    if not 0 <= self.seed < 2**32:
+      raise errors.ConfigError(
+        f"training.seed={self.seed} must be from 0 to 2^32 - 1."
+      )
     names = {field.name for field in dataclasses.fields(ramp_lib.Stage)}
     for stage in self.ramp:
-      if set(stage) != names:
+      if not hasattr(stage, "keys") or set(stage) != names:
         raise errors.ConfigError(
-          f"training.ramp: a stage has {sorted(stage)}, but needs"
-          f" {sorted(names)}."
+          f"training.ramp: {stage!r} is no stage; it needs {sorted(names)}."
         )
+      ramp_lib.Stage(**stage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +123,14 @@ class CheckpointConfig:
         raise errors.ConfigError(
           f"checkpoint.{name}={getattr(self, name)} must be {least} or more."
         )
+    right = isinstance(self.pinned, (tuple, list)) and all(
+      type(step) is int and step >= 0 for step in self.pinned
+    )
+    if not right:
+      raise errors.ConfigError(
+        f"checkpoint.pinned={self.pinned!r} must be steps, such as"
+        " (1000, 2000)."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +176,23 @@ def describe(config) -> str:
   """A ConfigDict and what made the run, as the JSON of config.json."""
   import importlib.metadata
 
-  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  names = (
+    "llama_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+  )
   made_by = {
     "git": _git("rev-parse", "HEAD"),
     "changed_files": len(_git("status", "--porcelain").splitlines()),
     "python": platform.python_version(),
     "versions": {name: importlib.metadata.version(name) for name in names},
+    "devices": collections.Counter(
+      device.device_kind for device in jax.devices()
+    ),
     "command": sys.argv,
   }
   return json.dumps(
@@ -183,7 +209,7 @@ def read_described(folder: pathlib.Path):
     values = json.loads(file.read_text(encoding="utf-8"))
     values.pop("made_by", None)
     return ml_collections.ConfigDict(values)
-  except (OSError, ValueError, AttributeError) as error:
+  except (OSError, ValueError, AttributeError, TypeError) as error:
     raise errors.BadFileError(
       f"{file}: not the config of a run ({error}); give --config=FILE, or the"
       " --workdir of a run."

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -11,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import checkpoint, errors, experiment, text
+from llama_jax import checkpoint, errors, evals, experiment, text
 from llama_jax.checkpoint import proof, steps, store
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import prepared as prepared_lib
@@ -44,7 +47,9 @@ class Run:
     devices: the mesh.
     ramp: batch sizes by step.
     batches: data by step.
-    heldout: domain -> rows to evaluate on.
+    heldout: domain -> rows that are not trained on.
+    contents: source -> a digest of its rows.
+    evaluate: params -> measures by name, see evals.make.
     shapes, placed: of the state: ShapeDtypeStructs, and NamedShardings.
     first: () -> state 0.
     update: the compiled step.
@@ -58,6 +63,8 @@ class Run:
   ramp: ramp_lib.Ramp
   batches: batches_lib.Batches
   heldout: dict[str, Any]
+  contents: dict[str, str]
+  evaluate: Any
   shapes: state_lib.TrainState
   placed: state_lib.TrainState
   first: Any
@@ -85,8 +92,11 @@ class Run:
       "tokens": place.tokens,
       "row": place.row,
       "row_length": self.ramp.row_length,
-      "rows": self.batches.sizes,
       "seed": self.asked.data.seed,
+      "sources": {
+        name: {"rows_read": rows, "content": self.contents[name]}
+        for name, rows in self.batches.mixture.taken(place.row).items()
+      },
     }
 
   def save(self, checkpoints: steps.Checkpoints, state, step: int) -> None:
@@ -112,22 +122,34 @@ class Run:
     found = checkpoints.restore(target.params, rest, step)
     if found is None:
       return None
-    here = self.position(found.step)
-    # A new source may join; what the run has read must stay what it was.
-    here["rows"] = {name: here["rows"].get(name) for name in found.meta["rows"]}
-    for name, was in found.meta.items():
-      if here.get(name) != was:
-        raise errors.ConfigError(
-          f"by step {found.step} this run had {name}={was}, but with this"
-          f" config it would have {here.get(name)}: other data would follow."
-          " Keep its training.batch_size, training.ramp, data.sequence_length"
-          " and data as they were (training.ramp changes the first three later"
-          " on), or begin anew from its weights with"
-          " --config.init=orbax:WORKDIR in another --workdir."
-        )
+    for what, was, now in _changes(found.meta, self.position(found.step)):
+      raise errors.ConfigError(
+        f"by step {found.step} this run had {what}={was}, but with this config"
+        f" it would have had {now}: other data would follow. Keep"
+        " training.batch_size, training.ramp, data.sequence_length,"
+        " data.mixture and the data as they were (training.ramp and"
+        " data.later_mixtures change them later on), or begin anew from its"
+        " weights with"
+        " --config.init=orbax:WORKDIR in another --workdir."
+      )
     return state_lib.TrainState(
       step=jnp.int32(found.step), params=found.params, **found.rest
     )
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]):
+  """What of a position is another: (its name, what it was, what it is)."""
+  # A source may join or go of which nothing has been read.
+  nothing = {"rows_read": 0, "content": None}
+  for name in sorted({*was["sources"], *now["sources"]}):
+    before, after = (one["sources"].get(name, nothing) for one in (was, now))
+    if before["rows_read"] or after["rows_read"]:
+      for key, value in before.items():
+        if value != after[key]:
+          yield f"{key} of source {name}", value, after[key]
+  for name in ("tokens", "row", "row_length", "seed"):
+    if was[name] != now[name]:
+      yield name, was[name], now[name]
 
 
 def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
@@ -148,7 +170,12 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
     prepared = prepared_lib.read(asked.data.prepared)
     ramp = make_ramp(asked, prepared.row_length)
     check(asked, config, tokenizer, ramp, devices.size)
+    _check_infilling(asked.data, prepared)
     rows, heldout = prepared.sources, prepared.heldout
+    contents = {
+      name: _digest([json.dumps(prepared.report["sources"][name]).encode()])
+      for name in rows
+    }
   else:
     ramp = make_ramp(asked, None)
     check(asked, config, tokenizer, ramp, devices.size)
@@ -156,7 +183,24 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
       asked.data, tokenizer, ramp.row_length
     )
     rows, heldout = {"text": packed}, {"text": unseen} if unseen else {}
+    contents = {"text": _digest(row["tokens"].tobytes() for row in packed)}
   batches = batches_lib.Batches(rows, asked.data, ramp)
+  evaluate = evals.make(
+    asked.evaluation,
+    decoder,
+    tokenizer,
+    heldout,
+    devices,
+    sequence_length=ramp.row_length,
+    separate=asked.data.separate_documents,
+  )
+  if asked.evaluation.every and not heldout and not asked.evaluation.tasks:
+    print(
+      f"note: evaluation.every={asked.evaluation.every} measures nothing: there"
+      " are no held-out documents (data.heldout, or prepare's heldout) and no"
+      " evaluation.tasks.",
+      file=sys.stderr,
+    )
 
   # The step.
   optimizer = optimizer_lib.make(asked.optimizer)
@@ -183,6 +227,8 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
     ramp=ramp,
     batches=batches,
     heldout=heldout,
+    contents=contents,
+    evaluate=evaluate,
     shapes=shapes,
     placed=placed,
     first=functools.partial(_first_state, asked, decoder, optimizer, placed),
@@ -217,7 +263,12 @@ def choose_model(
 ) -> tuple[config_lib.LlamaConfig, Any]:
   """The LlamaConfig and tokenizer: of the run so far, of init, or by name."""
   size, init = asked.model.size, asked.init
-  if (folder / "model.json").is_file():
+  if steps.list_steps(folder / "checkpoints"):
+    if not (folder / "config.json").is_file():
+      raise errors.UserError(
+        f"--workdir={folder} holds a model that was converted, not a run; train"
+        f" it with --config.init=orbax:{folder} in another --workdir."
+      )
     saved = f"orbax:{folder}"
     config = store.read_model_config(folder)
     tokenizer = store.read_model_tokenizer(folder)
@@ -236,9 +287,16 @@ def choose_model(
     raise errors.ConfigError(
       f"--config.model.size={size} is not the size of {saved}; leave it empty."
     )
-  if saved == init:
-    config = _changed(asked.model, config)
-  return config, _choose_tokenizer(asked.data, config, tokenizer)
+  changed = _changed(asked.model, config)
+  if changed != config and saved != init:
+    raise errors.ConfigError(
+      "model.vocab_size, rope_theta and context_length change what"
+      f" --config.init has; {saved or f'model.size={size}'} stays what it is:"
+      " leave them 0."
+    )
+  return changed, _choose_tokenizer(
+    asked.data, config, tokenizer, saved not in ("", init)
+  )
 
 
 def _changed(
@@ -254,11 +312,27 @@ def _changed(
   return dataclasses.replace(config, **wanted)
 
 
-def _choose_tokenizer(data: batches_lib.DataConfig, config, saved):
+def _check_infilling(data: batches_lib.DataConfig, prepared) -> None:
+  made = prepared.report["config"]["infill_rate"]
+  if data.infill_rate and data.infill_rate != made:
+    raise errors.ConfigError(
+      f"data.infill_rate={data.infill_rate}, but data.prepared={data.prepared}"
+      f" was made with infill_rate={made}; prepare it again, or say that.",
+    )
+
+
+def _digest(parts) -> str:
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(part)
+  return digest.hexdigest()[:16]
+
+
+def _choose_tokenizer(data: batches_lib.DataConfig, config, saved, resumed):
   """The prepared folder's; or the one that is named; or else the saved."""
   place = data.tokenizer
   if data.prepared:
-    made = text.load_tokenizer(pathlib.Path(data.prepared) / "tokenizer")
+    made = text.load_tokenizer(prepared_lib.read(data.prepared).tokenizer)
     if place not in ("", "train"):
       saved = text.load_tokenizer(place)
     if saved is not None and not proof.same_vocabulary(made, saved):
@@ -269,7 +343,13 @@ def _choose_tokenizer(data: batches_lib.DataConfig, config, saved):
       )
     return made
   if place and place != "train":
-    return text.load_tokenizer(place)
+    named = text.load_tokenizer(place)
+    if resumed and not proof.same_vocabulary(named, saved):
+      raise errors.ConfigError(
+        f"data.tokenizer={place} is another than that of the run so far; leave"
+        " it as it was, or empty."
+      )
+    return named
   if saved is not None:
     return saved
   if place == "train":

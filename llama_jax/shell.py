@@ -25,6 +25,16 @@ _DEVICES = flags.DEFINE_integer(
 )
 
 
+_USERS_ERRORS = (
+  errno.ENOSPC,
+  errno.EACCES,
+  errno.EROFS,
+  errno.EEXIST,
+  errno.ENOTDIR,
+  errno.EISDIR,
+)
+
+
 def fail(message: str) -> None:
   """One line on stderr, exit status 2."""
   print("error: " + " ".join(str(message).split("\n")), file=sys.stderr)
@@ -52,7 +62,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(141)
     except OSError as error:
-      if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+      if error.errno not in _USERS_ERRORS:
         raise
       fail(f"{error.filename or 'a file'}: {error.strerror}.")
 
@@ -90,9 +100,14 @@ def _strict(argv: list[str]) -> list[str]:
     raise errors.ConfigError(
       f"--config={path} does not exist; the recipes are in configs/."
     )
-  if not wanted:
-    return argv
-  known = keys(load_config(path))
+  try:
+    known = keys(load_config(path))
+  except errors.UserError:
+    raise
+  except Exception as error:  # whatever a config file of the user's raises
+    raise errors.ConfigError(
+      f"--config={path}: {type(error).__name__}: {error}"
+    ) from error
   for key in wanted:
     # A list's element or a whole section may be named too.
     if key in known or any(k.startswith(key + ".") for k in known):

@@ -16,6 +16,7 @@ Exit codes beside those of shell.py: 3, too many steps in a row were left out.
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -26,7 +27,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from llama_jax import errors, evals, experiment, shell
+from llama_jax import errors, experiment, shell
 from llama_jax import run as run_lib
 from llama_jax.checkpoint import atomic, steps, store
 from llama_jax.data import batches as batches_lib
@@ -49,7 +50,7 @@ def train(
     asked: what to do.
     folder: the run's.
     shown: what is kept as config.json, see experiment.describe.
-    profile: steps to trace.
+    profile: updates to trace.
   """
   with contextlib.ExitStack() as stack:
     first = jax.process_index() == 0
@@ -63,15 +64,23 @@ def train(
     atomic.check_free(folder, 12 * decoder_lib.count_parameters(config))
     if first:
       held = held or stack.enter_context(lock.hold(folder))
-      store.write_model(folder, config, run.tokenizer)
-      atomic.write_text(folder / "config.json", shown + "\n")
-
     stack.enter_context(jax.set_mesh(run.devices))
     keep = asked.checkpoint
     checkpoints = stack.enter_context(
       steps.Checkpoints(folder, keep.keep, keep.keep_every, keep.pinned)
     )
-    state = run.restore(checkpoints) or run.first()
+    state = run.restore(checkpoints)
+    if state is not None and int(state.step) > asked.training.steps:
+      raise errors.ConfigError(
+        f"training.steps={asked.training.steps}, but the run in {folder} is at"
+        f" step {int(state.step)}; give that or more."
+      )
+    # Only now: what is refused leaves a run's folder as it was.
+    if first:
+      if state is None:
+        store.write_model(folder, config, run.tokenizer)
+      atomic.write_text(folder / "config.json", shown + "\n")
+    state = run.first() if state is None else state
     start = int(state.step)
     _describe(run, start, folder)
     return _loop(run, state, start, checkpoints, held, folder, profile)
@@ -82,15 +91,6 @@ def _loop(
 ) -> int:
   """The steps that are left; returns an exit code."""
   asked, training = run.asked, run.asked.training
-  evaluate = evals.make(
-    asked.evaluation,
-    run.decoder,
-    run.tokenizer,
-    run.heldout,
-    run.devices,
-    sequence_length=run.ramp.row_length,
-    separate=asked.data.separate_documents,
-  )
   metrics = metrics_lib.Metrics(
     folder,
     start,
@@ -105,15 +105,16 @@ def _loop(
   reading = batches_lib.read_ahead(
     run.batches, wanted, run.local, asked.data.workers
   )
-  skipped_in_row = None
+  skipped_in_row = np.int32(0)
+  traced = _Trace(folder, profile, start, training.steps)
   with (
     contextlib.closing(metrics),
     contextlib.closing(reading),
+    traced,
     _Signals() as signals,
   ):
     for step, batch in zip(wanted, reading, strict=True):
-      if step == profile.start and profile:
-        jax.profiler.start_trace(str(folder / "profile"))
+      traced.before(step)
       rate = run.rate(step)
       before = skipped_in_row
       state, values = run.update(state, run.put(step, batch), np.float32(rate))
@@ -134,15 +135,16 @@ def _loop(
           },
         },
       )
-      if step + 1 == profile.stop and profile:
-        jax.block_until_ready(state)
-        jax.profiler.stop_trace()
+      traced.after(step, state)
       stopping = signals.received is not None
-      # A step late, so that the next is on its way when this one is judged.
-      failing = before is not None and int(before) >= training.max_skipped
+      # The step before tells whether this one must be waited for.
+      failing = (
+        int(before) >= training.max_skipped - 1
+        and int(skipped_in_row) >= training.max_skipped
+      )
       if asked.evaluation.due(step + 1, training.steps) and not stopping:
         with metrics.aside():
-          metrics.attach(evaluate(state.params))
+          metrics.attach(run.evaluate(state.params))
       checkpoints.check()
       if held is not None:
         held.check()
@@ -186,6 +188,8 @@ def _give_up(
   done: updates tried; the last in_row of them were left out.
   """
   first = done - in_row
+  if jax.process_index():
+    return TOO_MANY_SKIPPED
   place = folder / "skipped" / f"{first + 1}-{done}"
   place.mkdir(parents=True, exist_ok=True)
   told = {step + 1: run.batches.documents(step) for step in range(first, done)}
@@ -212,6 +216,13 @@ def replay(
   asked: experiment.Experiment, folder: pathlib.Path, step: int
 ) -> int:
   """Computes update number `step` again and prints its gradient's hash."""
+  rows = metrics_lib.read(folder / "metrics.jsonl")
+  most = rows[-1]["step"] if rows else asked.training.steps
+  if step > most:
+    raise errors.UserError(
+      f"--replay={step}: the run in {folder} has made {most} steps; name one of"
+      " them."
+    )
   run = run_lib.set_up(asked, folder)
   wanted = [s for s in steps.list_steps(folder / "checkpoints") if s < step]
   with jax.set_mesh(run.devices), _Signals() as signals:
@@ -229,7 +240,6 @@ def replay(
   told = {name: values[name].item() for name in ("loss", "grad_norm")}
   told = {"step": step, "from_checkpoint": start} | told
   told["gradient_hash"] = metrics_lib.hexadecimal(values["gradient_hash"])
-  rows = metrics_lib.read(folder / "metrics.jsonl")
   logged = next((row for row in rows if row["step"] == step), None)
   if logged is not None:
     told["logged_hash"] = logged["gradient_hash"]
@@ -259,6 +269,44 @@ class _Signals:
     if self.received is not None:
       raise KeyboardInterrupt
     self.received = number
+    # print may be what was interrupted.
+    os.write(2, b"\nstopping: this step ends, then it is saved\n")
+
+
+class _Trace:
+  """Traces updates START to STOP, counted as in metrics.jsonl, of those made.
+
+  wanted: range of them; start, stop: steps made before and after.
+  """
+
+  def __init__(self, folder, wanted: range, start: int, stop: int):
+    self._folder = folder / "profile"
+    self._on = False
+    self._steps = range(max(wanted.start - 1, start), min(wanted.stop, stop))
+    if wanted and not self._steps:
+      print(
+        f"note: --profile={wanted.start}:{wanted.stop} traces nothing: updates"
+        f" {start + 1} to {stop} are made.",
+        file=sys.stderr,
+      )
+
+  def __enter__(self) -> "_Trace":
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._on:
+      jax.profiler.stop_trace()
+
+  def before(self, step: int) -> None:
+    if self._steps and step == self._steps.start:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+
+  def after(self, step: int, state) -> None:
+    if self._on and step + 1 == self._steps.stop:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 def _describe(run: run_lib.Run, start: int, folder: pathlib.Path) -> None:
@@ -283,12 +331,11 @@ def _steps(text: str | None, most: int) -> range:
   if not text:
     return range(0)
   start, _, stop = text.partition(":")
-  if not (
-    start.isdigit() and stop.isdigit() and int(start) < int(stop) <= most
-  ):
+  numbers = start.isdigit() and stop.isdigit()
+  if not numbers or not 1 <= int(start) <= int(stop) <= most:
     raise errors.UserError(
-      f"--profile={text} must be START:STOP, two steps with 0 <= START < STOP"
-      f" <= training.steps={most}."
+      f"--profile={text} must be START:STOP, updates from 1 to"
+      f" training.steps={most}."
     )
   return range(int(start), int(stop))
 
@@ -316,7 +363,7 @@ if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.")
   _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
   _PROFILE = flags.DEFINE_string(
-    "profile", None, "START:STOP, steps to trace into WORKDIR/profile."
+    "profile", None, "START:STOP, updates to trace into WORKDIR/profile."
   )
   _REPLAY = flags.DEFINE_integer(
     "replay", None, "Compute this step again and print its gradient's hash.", 1

@@ -29,6 +29,7 @@ BELOW = {
   "run": {
     "checkpoint",
     "data",
+    "evals",
     "experiment",
     "model",
     "objectives",

@@ -103,7 +103,7 @@ def test_four_domains_by_the_name_of_a_folder(
     for i, one in enumerate(python_source):
       (tmp_path / domain / f"{i}.txt").write_text(f"{number}\n{one}")
   command = _prepare(tmp_path / "out", f"--config.tokenizer={tokenizer_folder}")
-  command[1] = f"--config=configs/data/pretrain.py:{tmp_path}"
+  command[1] = f"--config=configs/data/pretrain.py:llama3:{tmp_path}"
   [(code, _, err)] = run_verbs(command)
   assert code == 0, err
   data = prepared.read(tmp_path / "out")

@@ -48,8 +48,7 @@ def run(folder: pathlib.Path, *arguments: str):
     cwd=folder,
     capture_output=True,
     text=True,
-    # As users run it: other tests turn XLA's optimisations off.
-    env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
     timeout=300,
     check=False,
   )

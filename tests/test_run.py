@@ -31,7 +31,7 @@ def prepared(tmp_path_factory, tokenizer_folder, run_verbs):
   folder = tmp_path_factory.mktemp("prepared")
   for name, count in (("code", 60), ("maths", 120), ("web", 240)):
     lines(folder / f"{name}.jsonl", count, name)
-  config = (ROOT / "configs/data/pretrain.py").read_text()
+  config = (ROOT / "configs/data/folder.py").read_text()
   start = config.index('"sources": {')
   sources = ",".join(
     f'"{name}": {{"paths": "{folder}/{name}.jsonl", "format": "",'
@@ -64,8 +64,7 @@ def config_file(folder, prepared, **training):
   )
   text += f"""
   config.data.prepared = {str(prepared)!r}
-  shares = {{"web": 0.75, "maths": 0.25}}
-  config.data.mixture = ml_collections.ConfigDict(shares)
+  config.data.mixture = "web:0.75,maths:0.25"
   config.data.later_mixtures = ((8 * 32 * 4, {{"code": 0.5, "web": 0.5}}),)
   config.data.sequence_length = 32
   config.training.ramp = (dict(
@@ -174,9 +173,13 @@ def asked_by(recipe, **changes):
 def test_other_data_than_the_run_has_read_is_refused(runs):
   recipe = runs / "recipe.py"
   for change, said in (
-    ({"training__batch_size": 16}, "tokens=2048"),
+    ({"training__batch_size": 16}, "rows_read of source code=8"),
     ({"data__seed": 1}, "seed=0"),
-    ({"data__sequence_length": 64, "training__ramp": ()}, "tokens=2048"),
+    (
+      {"data__sequence_length": 64, "training__ramp": ()},
+      "rows_read of source code=8",
+    ),
+    ({"data__mixture": "web:1,maths:1"}, "rows_read of source maths=4"),
   ):
     asked = asked_by(recipe, **change)
     run = run_lib.set_up(asked, runs / "parts")

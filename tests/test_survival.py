@@ -321,3 +321,56 @@ def test_a_run_that_only_spikes_stops(flags_of, trainer, tmp_path):
   assert f"--replay={good + 1}" in err
   assert np.load(folder / f"batch-{good + 1}.npz")["tokens"].shape == (8, 32)
   assert committed(tmp_path / "run")[-1] == len(rows)
+
+
+def test_one_step_too_many_is_told_at_once(flags_of, trainer, tmp_path):
+  """A factor so near to 1 that the first step beyond the usual is left out:
+  with one allowed it stops there, the run's last step too."""
+  knobs = {
+    "optimizer.schedule": "constant",
+    "training.spike_factor": 1.001,
+    "training.max_skipped": 1,
+  }
+  code, _, err = trainer.run(flags_of(tmp_path / "a", **knobs))
+  rows = rows_of(tmp_path / "a")
+  assert code == 3, err
+  bad = len(rows)
+  assert [row["skipped"] for row in rows] == [0] * (bad - 1) + [1]
+  assert f"1 steps in a row were left out, {bad} to {bad}" in err
+  # The same with that step as the last.
+  code, _, err = trainer.run(
+    flags_of(tmp_path / "b", **knobs, **{"training.steps": bad})
+  )
+  assert code == 3, err
+
+
+def test_what_is_refused_leaves_the_run_as_it_was(
+  whole, flags_of, trainer, tmp_path
+):
+  """Also a start that fails before the first step binds nothing."""
+
+  def content(folder):
+    names = ("config.json", "model.json", "metrics.jsonl")
+    return [(folder / name).read_bytes() for name in names]
+
+  before = content(whole)
+  words = tmp_path / "words.txt"
+  words.write_text("quite other words " * 100)
+  other = {"data.text": words, "data.tokenizer": "train"}
+  for knobs, said in (
+    ({"training.batch_size": 16}, "other data would follow"),
+    (other, "other data would follow"),
+    ({"training.steps": 5}, "training.steps=5"),
+    ({"model.vocab_size": 600}, "leave them 0"),
+    ({"evaluation.tasks": "('none',)"}, "evaluation.tasks"),
+  ):
+    code, _, err = trainer.run(flags_of(whole, **knobs))
+    assert code == 2 and said in err, err
+  assert content(whole) == before
+  fresh = tmp_path / "run"
+  code, _, err = trainer.run(
+    flags_of(fresh, **other, **{"training.batch_size": 10_000})
+  )
+  assert code == 2, err
+  code, _, err = trainer.run(flags_of(fresh, **{"training.steps": 1}))
+  assert code == 0, err

@@ -17,7 +17,9 @@ python 1e-4). Not published: eps (1e-5 after arXiv:2307.09288, 2.2), the rows of
 the new words (model/decoder.py, grow_vocabulary), long's schedule (constant
 here), whether documents of a row see each other (they do here).
 "python" alone is 7b-python, "long" 7b-long. --config.init is Llama 2 for 7b to
-70b, those for python, and either for long.
+70b, those for python (which keeps their 32,016 words; the released one has
+32,000), and either for long. The prepared folder is that of
+configs/data/pretrain.py:codellama, or :python; long wants rows of 16,384.
 Expected: HumanEval pass@1 of table 2: 33.5 (7b), 36.0 (13b), 48.8 (34b), 53.0
 (70b). nano: on Python source the loss falls from log(512) = 6.2 by two nats or
 more in 200 steps, infilling and all.
@@ -75,7 +77,8 @@ def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
         "separate_documents": False,
         "sequence_length": sequence_length,
         "heldout": 0.0,
-        "infill_rate": 0.0,
+        # As the folder was prepared with: a check.
+        "infill_rate": 0.0 if size == "34b" or python else 0.9,
         "workers": 4,
         "seed": 0,
         "tokenizer": "",
@@ -126,7 +129,8 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   with the tokens for infilling."""
   config.model.update(size="nano", dtype="float32", vocab_size=0)
   config.parallel.update(data=-1, fsdp=1)
-  config.data.mixture = ml_collections.ConfigDict()
+  del config.data.mixture
+  config.data.mixture = ""  # of any folder
   config.data.update(
     sequence_length=256,
     infill_rate=0.9,

@@ -10,7 +10,7 @@ Source: arXiv:2302.13971, table 1 (mixture), table 2 (rate, batch, tokens) and
 eps (1e-5 after arXiv:2307.09288, 2.2), initialisation, whether documents of a
 row see each other (they do here), checkpoints, what is done about spikes.
 The prepared folder needs the seven sources of `mixture`, rows of 2,048 tokens
-and the 32,000 words of LLaMA's tokenizer (configs/data/pretrain.py).
+and the 32,000 words of LLaMA's tokenizer (configs/data/pretrain.py:llama1).
 Expected: the training loss of figure 1; epochs over each source as in table 1,
 1.10 of CommonCrawl to 2.45 of Wikipedia, where the sources have its sizes.
 nano: on English text the loss falls from log(512) = 6.2 by two nats or more in
@@ -117,7 +117,8 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The same recipe on two layers, any text, and a tokenizer made of it."""
   config.model.update(size="nano", dtype="float32")
   config.parallel.update(data=-1, fsdp=1)
-  config.data.mixture = ml_collections.ConfigDict()
+  del config.data.mixture
+  config.data.mixture = ""  # of any folder
   config.data.update(
     sequence_length=128, workers=1, heldout=0.02, tokenizer="train"
   )

@@ -11,7 +11,7 @@ tenth, decay, clipping) and table 1 (rates, 4M tokens a batch, context 4,096,
 here), initialisation, whether documents of a row see each other (they do here),
 checkpoints, what is done about spikes.
 The prepared folder needs rows of 4,096 tokens and the 32,000 words of LLaMA's
-tokenizer (configs/data/pretrain.py).
+tokenizer (configs/data/pretrain.py:llama2).
 Expected: the training perplexity of figure 5. nano: on English text the loss
 falls from log(512) = 6.2 by two nats or more in 200 steps.
 """
@@ -48,7 +48,7 @@ def get_config(variant: str = "7b") -> ml_collections.ConfigDict:
       "data": {
         "text": "",
         "prepared": "",
-        "mixture": {},
+        "mixture": "",
         "later_mixtures": (),
         "separate_documents": False,
         "sequence_length": sequence_length,

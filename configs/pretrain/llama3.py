@@ -17,7 +17,7 @@ training.steps is a knob. Not published: AdamW's betas, eps, decay and clipping
 (as arXiv:2307.09288, 2.2), warmup and final rate of 8b and 70b (as 405b's),
 initialisation, checkpoints, what is done about spikes.
 The prepared folder needs the four sources of `mixture`, rows of 8,192 tokens
-and Llama 3's tokenizer (configs/data/pretrain.py).
+and Llama 3's tokenizer (configs/data/pretrain.py:llama3).
 Expected: nano, on English text: the loss falls from log(512) = 6.2 by two nats
 or more in 200 steps. 10m: see benchmarks/README.md.
 """
@@ -137,7 +137,8 @@ def _nano(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   lengths of the paper's ramp, a hundredth as long."""
   _small(config)
   config.model.size = "nano"
-  config.data.mixture = ml_collections.ConfigDict()
+  del config.data.mixture
+  config.data.mixture = ""  # of any folder
   config.data.update(sequence_length=64, heldout=0.02, tokenizer="train")
   config.training.update(steps=200, batch_size=8, ramp=_double(50, 8, 64))
   config.optimizer.warmup_steps = 20
@@ -164,7 +165,8 @@ def _ten_million(
 def _anneal(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """From a trained model, the rate linearly to 0 on the best data."""
   config.model.size = ""
-  config.data.mixture = ml_collections.ConfigDict()
+  del config.data.mixture
+  config.data.mixture = ""  # of any folder
   config.data.sequence_length = 8192
   config.training.update(steps=1000, batch_size=2048, ramp=())
   config.optimizer.update(

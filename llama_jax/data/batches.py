@@ -29,8 +29,8 @@ class DataConfig:
     text: a path or several, tokenized and packed at the start: JSONL, text, gz,
       or folders of them. Or
     prepared: a folder that `prepare` wrote.
-    mixture: source of the prepared folder -> its weight; {} for in proportion
-      to their sizes.
+    mixture: source of the prepared folder -> its weight, or the same as text,
+      "books:50,code:17"; empty for in proportion to their sizes.
     later_mixtures: pairs (from_tokens, mixture) that take over later on.
     separate_documents: those of a row do not see each other (Llama 3); False
       lets them, as in LLaMA 1 and 2.
@@ -47,8 +47,8 @@ class DataConfig:
 
   text: str | tuple[str, ...]
   prepared: str
-  mixture: Mapping[str, float]
-  later_mixtures: tuple[tuple[int, Mapping[str, float]], ...]
+  mixture: Mapping[str, float] | str
+  later_mixtures: tuple[tuple[int, Mapping[str, float] | str], ...]
   separate_documents: bool
   sequence_length: int
   heldout: float
@@ -63,11 +63,14 @@ class DataConfig:
         raise errors.ConfigError(
           f"data.{name}={getattr(self, name)} must be 1 or more."
         )
-    for name in ("heldout", "infill_rate"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise errors.ConfigError(
-          f"data.{name}={getattr(self, name)} must lie between 0 and 1."
-        )
+    if not 0 <= self.infill_rate <= 1:
+      raise errors.ConfigError(
+        f"data.infill_rate={self.infill_rate} must lie between 0 and 1."
+      )
+    if not 0 <= self.heldout < 1:
+      raise errors.ConfigError(
+        f"data.heldout={self.heldout} must be 0 or more, and below 1."
+      )
     if bool(self.text) == bool(self.prepared):
       raise errors.ConfigError(
         f"data.text={self.text!r} and data.prepared={self.prepared!r}: give"
@@ -79,6 +82,39 @@ class DataConfig:
         "data.mixture is for the sources of data.prepared; data.text is one"
         " source."
       )
+    self.mixtures()  # refuses what is none
+
+  def mixtures(self) -> list[tuple[int, dict[str, float]]]:
+    """(from_tokens, weights by source) of each; the first is from 0."""
+    found = [(0, _weights(self.mixture, "data.mixture"))]
+    for number, one in enumerate(self.later_mixtures):
+      knob = f"data.later_mixtures[{number}]"
+      try:
+        tokens, weights = one
+        tokens = int(tokens)
+      except (TypeError, ValueError):
+        tokens, weights = 0, None
+      if tokens < 1:
+        raise errors.ConfigError(
+          f"{knob}={one!r} must be a pair: the number of tokens it begins at, 1"
+          " or more, and a mixture."
+        )
+      found.append((tokens, _weights(weights, knob)))
+    return found
+
+
+def _weights(given, knob: str) -> dict[str, float]:
+  """A mixture as a mapping, or as name:weight with commas between."""
+  try:
+    if isinstance(given, str):
+      pairs = [one.split(":") for one in given.split(",") if one.strip()]
+      return {name.strip(): float(weight) for name, weight in pairs}
+    return {str(name): float(weight) for name, weight in given.items()}
+  except (AttributeError, TypeError, ValueError) as error:
+    raise errors.ConfigError(
+      f"{knob}={given!r} is no mixture; give {{source: weight}}, or"
+      " source:weight,source:weight."
+    ) from error
 
 
 def read_ahead(
@@ -133,13 +169,12 @@ class Batches:
         f" the {needed} of training.batch_size={first.batch_size}; give more"
         " text, or a smaller training.batch_size or data.sequence_length."
       )
-    stages = [(0, config.mixture), *config.later_mixtures]
     self.mixture = mixture_lib.Mixture(
       self.sizes,
       [
         # Mixtures change at a whole row.
-        (-(-int(tokens) // ramp.row_length), weights)
-        for tokens, weights in stages
+        (-(-tokens // ramp.row_length), weights)
+        for tokens, weights in config.mixtures()
       ],
       config.seed,
     )

@@ -55,14 +55,16 @@ class Mixture:
     self._stages = []
     taken = np.zeros(len(sizes), np.int64)
     for number, (first, weights) in enumerate(stages):
-      if number and first < self._stages[-1].first:
+      knob = f"data.later_mixtures[{number - 1}]" if number else "data.mixture"
+      if number and first <= self._stages[-1].first:
         raise errors.ConfigError(
-          "data.later_mixtures must be in the order of their from_tokens."
+          f"{knob} begins no later than the mixture before it; order them by"
+          " their from_tokens, a row apart or more."
         )
       if number:
         before = self._stages[-1]
         taken = taken + before.taken(first - before.first)
-      counts = _counts(sizes, weights)
+      counts = _counts(sizes, weights, knob)
       self._stages.append(_Stage(first, taken, counts))
 
   def draw(self, number: int) -> Draw:
@@ -76,12 +78,17 @@ class Mixture:
     epoch = nth // self._sizes[source]
     return Draw(source, int(self._orders[source][nth]), epoch)
 
-  def epochs(self, number: int) -> dict[str, float]:
-    """Passes over each source that the first `number` rows make."""
+  def taken(self, number: int) -> dict[str, int]:
+    """Rows of each source among the first `number` of the stream."""
     stage = next(s for s in reversed(self._stages) if s.first <= number)
     taken = stage.before + stage.taken(number - stage.first)
+    return dict(zip(self.names, map(int, taken), strict=True))
+
+  def epochs(self, number: int) -> dict[str, float]:
+    """Passes over each source that the first `number` rows make."""
+    taken = self.taken(number).values()
     return {
-      name: float(count / size)
+      name: count / size
       for name, count, size in zip(self.names, taken, self._sizes, strict=True)
     }
 
@@ -121,27 +128,26 @@ def _order(size: int, seed: int, name: str) -> Any:
 
 
 def _counts(
-  sizes: Mapping[str, int], weights: Mapping[str, float]
+  sizes: Mapping[str, int], weights: Mapping[str, float], knob: str
 ) -> np.ndarray:
   """Rows of each source in a period, by largest remainders."""
   for name, weight in weights.items():
     if name not in sizes:
       raise errors.ConfigError(
-        f"data.mixture.{name} is no source of the data; there are"
-        f" {', '.join(sizes)}."
+        f"{knob}.{name} is no source of the data; there are {', '.join(sizes)}."
       )
     if not 0 <= weight < float("inf"):
       raise errors.ConfigError(
-        f"data.mixture.{name}={weight} must be a number, 0 or more."
+        f"{knob}.{name}={weight} must be a number, 0 or more."
       )
   given = weights or sizes
   shares = np.array([float(given.get(name, 0)) for name in sizes])
   if not shares.sum():
-    raise errors.ConfigError("data.mixture: all weights are 0; give one.")
+    raise errors.ConfigError(f"{knob}: all weights are 0; give one.")
   for name, share in zip(sizes, shares, strict=True):
     if share and not sizes[name]:
       raise errors.ConfigError(
-        f"data.mixture.{name}={share}, but that source has no row."
+        f"{knob}.{name}={share}, but that source has no row."
       )
   exact = shares / shares.sum() * PERIOD
   counts = np.floor(exact).astype(np.int64)
@@ -152,7 +158,7 @@ def _counts(
   ]
   if lost:
     raise errors.ConfigError(
-      f"data.mixture: the share of {', '.join(lost)} is below one row in"
+      f"{knob}: the share of {', '.join(lost)} is below one row in"
       f" {PERIOD:,}; give it more, or 0."
     )
   return counts

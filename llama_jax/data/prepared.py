@@ -262,6 +262,11 @@ class Prepared:
   heldout: Mapping[str, Source]
   report: Mapping[str, Any]
 
+  @property
+  def tokenizer(self) -> pathlib.Path:
+    """The folder of the tokenizer that it was made with."""
+    return self.folder / TOKENIZER
+
 
 def read(folder: str | os.PathLike) -> Prepared:
   """Opens what `prepare` wrote; rows are read when they are asked for.

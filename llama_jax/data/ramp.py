@@ -26,6 +26,15 @@ class Stage:
   sequence_length: int
   accumulation: int
 
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, least = getattr(self, field.name), field.name != "from_tokens"
+      if type(value) is not int or value < least:
+        raise errors.ConfigError(
+          f"training.ramp: {field.name}={value!r} must be a whole number,"
+          f" {int(least)} or more."
+        )
+
   @property
   def tokens(self) -> int:
     """Of one update."""

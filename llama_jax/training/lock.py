@@ -96,6 +96,10 @@ class RunLock:
         if not _same(file, self._path):
           continue  # released or taken over between open and flock
         if flocked is False and _here(holder) and not _alive(holder):
+          # Someone may have taken the flock and not yet written its name.
+          time.sleep(SETTLE_SECONDS / 2)
+          if read(self._path) != holder:
+            continue
           # What it forked has the flock of this file; make another one.
           self._path.unlink(missing_ok=True)
           decided = False
@@ -103,6 +107,8 @@ class RunLock:
         if flocked is False or _lives(holder, self._path, bool(flocked)):
           self._refuse("is in use by")
         self._write(file)
+        if not _same(file, self._path):
+          continue  # removed by one who saw the dead holder's name
         self._file = file
       finally:
         if self._file is None:

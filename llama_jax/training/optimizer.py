@@ -4,6 +4,7 @@ As LLaMA 1 and 2 train (arXiv:2302.13971, 2.3; arXiv:2307.09288, 2.2).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +46,19 @@ class OptimizerConfig:
   moments_dtype: str
 
   def __post_init__(self):
-    for name, low, high in (
-      ("peak_lr", 0, float("inf")),
-      ("warmup_steps", 0, float("inf")),
-      ("final_lr_fraction", 0, 1),
-      ("decay_fraction", 0, 1),
-      ("b1", 0, 1),
-      ("b2", 0, 1),
-      ("eps", 0, float("inf")),
-      ("weight_decay", 0, float("inf")),
+    for name, right, allowed in (
+      ("peak_lr", 0 <= self.peak_lr < math.inf, "finite, 0 or more"),
+      ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+      ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "from 0 to 1"),
+      ("decay_fraction", 0 <= self.decay_fraction <= 1, "from 0 to 1"),
+      ("b1", 0 <= self.b1 < 1, "0 or more, and below 1"),
+      ("b2", 0 <= self.b2 < 1, "0 or more, and below 1"),
+      ("eps", 0 < self.eps < math.inf, "finite, and above 0"),
+      ("weight_decay", 0 <= self.weight_decay < math.inf, "finite, 0 or more"),
     ):
-      value = getattr(self, name)
-      if not low <= value <= high:
+      if not right:
         raise errors.ConfigError(
-          f"optimizer.{name}={value} must lie between {low} and {high}."
+          f"optimizer.{name}={getattr(self, name)} must be {allowed}."
         )
     if not self.clip_norm > 0:
       raise errors.ConfigError(
@@ -74,6 +74,11 @@ class OptimizerConfig:
           f"optimizer.{name}={getattr(self, name)!r} is not known; use one of"
           f" {', '.join(allowed)}."
         )
+    if self.schedule == "wsd" and not self.decay_fraction:
+      raise errors.ConfigError(
+        "optimizer.schedule=wsd falls over the last optimizer.decay_fraction of"
+        " the run, which is 0.0; use 0.1 or 0.2, or schedule=constant."
+      )
 
 
 def decayed(params):

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from llama_jax.model import decoder as decoder_lib
 
 
+@pytest.mark.slow
 def test_every_policy_is_measured(run_verbs, tmp_path):
   out = tmp_path / "memory.json"
   command = ["benchmarks.memory", "--size=nano", "--lengths=32,512"]
