@@ -215,8 +215,9 @@ class Source:
     if not 0 <= index < self._length:
       raise IndexError(f"row {index} of {self._length}")
     _refuse_fork()
+    rows = self._open()
     try:
-      return self._open()[index]
+      return rows[index]
     except (OSError, RuntimeError, ValueError, LookupError) as error:
       raise errors.BadFileError(
         f"{self._folder}: row {index} of {self._split} cannot be read"
@@ -229,8 +230,15 @@ class Source:
         if self._rows is None:
           import tensorflow_datasets as tfds
 
-          builder = tfds.builder_from_directory(self._folder)
-          self._rows = builder.as_data_source(self._split)
+          try:
+            builder = tfds.builder_from_directory(self._folder)
+            self._rows = builder.as_data_source(self._split)
+          except Exception as error:  # of many kinds, protobuf's among them
+            raise errors.BadFileError(
+              f"{self._folder}: split {self._split} cannot be opened"
+              f" ({type(error).__name__}: {error}); dataset_info.json or"
+              " features.json is damaged. Copy or prepare the folder again."
+            ) from error
     return self._rows
 
 

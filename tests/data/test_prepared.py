@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -142,6 +143,18 @@ def test_from_threads_and_processes(made, start):
   # array_record crashes in a fork, so that is refused.
   assert answer is True if start == "spawn" else "was forked" in answer
   assert same(pickle.loads(pickle.dumps(source))[1], want[1])
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_descriptions_are_named(made, tmp_path, name):
+  out, _ = made
+  copy = tmp_path / "data"
+  shutil.copytree(out, copy)
+  whole = (copy / name).read_bytes()
+  (copy / name).write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(errors.BadFileError, match=f"{name}.*damaged") as caught:
+    prepared.read(copy).sources["code"][0]
+  assert str(copy) in str(caught.value)
 
 
 def test_damage_is_named(made, tmp_path, tokenizer_folder):
