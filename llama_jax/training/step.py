@@ -116,21 +116,38 @@ def checksum(tree) -> jax.Array:
   """
   total = jnp.zeros(2, jnp.uint32)
   for number, leaf in enumerate(jax.tree.leaves(tree), start=1):
-    words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(leaf.ndim)):
-      index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-      place = place + index * jnp.uint32(stride % 2**32)
-      stride *= leaf.shape[axis]
-    # Odd factors lose no bit; mixing the word keeps its high bits in play.
-    one = jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-    two = jnp.sum(
-      (words ^ (words >> 15)) * (place * jnp.uint32(0x9E3779B2) + 1),
-      dtype=jnp.uint32,
-    )
-    total = (total + jnp.stack([one, two])) * jnp.uint32(2 * number + 1)
+    sums, first = jnp.zeros(2, jnp.uint32), jnp.uint32(0)
+    if leaf.ndim > 2:
+      # Layer by layer: XLA on CPU holds a copy of all words it sums at once.
+      size = leaf[0].size
+
+      def add(carry, layer, size=size):
+        sums, first = carry
+        return (sums + _words(layer, first), first + jnp.uint32(size)), None
+
+      (sums, _), _ = jax.lax.scan(add, (sums, first), leaf)
+    else:
+      sums = _words(leaf, first)
+    total = (total + sums) * jnp.uint32(2 * number + 1)
   return total
+
+
+def _words(leaf, first) -> jax.Array:
+  """The two sums of an array whose places count from first."""
+  words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+  place = jnp.full(leaf.shape, first)
+  stride = 1
+  for axis in reversed(range(leaf.ndim)):
+    index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    place = place + index * jnp.uint32(stride % 2**32)
+    stride *= leaf.shape[axis]
+  # Odd factors lose no bit; mixing the word keeps its high bits in play.
+  one = jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
+  two = jnp.sum(
+    (words ^ (words >> 15)) * (place * jnp.uint32(0x9E3779B2) + 1),
+    dtype=jnp.uint32,
+  )
+  return jnp.stack([one, two])
 
 
 def _norms(tree):

@@ -260,7 +260,7 @@ def test_what_is_usual_is_a_trailing_mean():
 def test_the_checksum_sees_every_bit():
   rng = np.random.default_rng(0)
   tree = {
-    "a": rng.normal(size=(3, 4)).astype(np.float32),
+    "a": rng.normal(size=(3, 2, 2)).astype(np.float32),
     "b": rng.normal(size=7).astype(np.float32),
   }
   known = {tuple(map(int, jax.jit(step_lib.checksum)(tree)))}
@@ -280,6 +280,20 @@ def test_the_checksum_sees_every_bit():
   twins = {"a": twins["b"], "b": twins["a"]}
   known.add(tuple(map(int, step_lib.checksum(twins))))
   assert len(known) == 1 + 4 * (12 + 7) + 3
+
+
+def test_the_checksum_by_hand():
+  """In Python's whole numbers; stacked layers count on from one another."""
+  rng = np.random.default_rng(1)
+  leaf = rng.normal(size=(3, 2, 5)).astype(np.float32)
+  words = [int(word) for word in leaf.view(np.uint32).ravel()]
+  one = sum(word * (2 * i + 1) for i, word in enumerate(words))
+  two = sum(
+    (word ^ (word >> 15)) * (i * 0x9E3779B2 + 1) for i, word in enumerate(words)
+  )
+  want = [3 * one % 2**32, 3 * two % 2**32]
+  assert step_lib.checksum({"a": leaf}).tolist() == want
+  assert step_lib.checksum({"a": leaf.reshape(6, 5)}).tolist() == want
 
 
 def test_the_checksum_is_the_same_on_any_mesh():
