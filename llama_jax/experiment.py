@@ -14,8 +14,9 @@ from llama_jax import errors, shell
 from llama_jax.data import batches
 from llama_jax.data import ramp as ramp_lib
 from llama_jax.evals import settings as evals_settings
+from llama_jax.model import config as config_lib
 from llama_jax.parallel import mesh
-from llama_jax.training import metrics
+from llama_jax.training import metrics, schedule
 from llama_jax.training import optimizer as optimizer_lib
 
 
@@ -226,3 +227,72 @@ def _git(*words: str) -> str:
   except (OSError, subprocess.TimeoutExpired):
     return ""
   return done.stdout.strip() if not done.returncode else ""
+
+
+def make_ramp(asked: Experiment, row_length: int | None) -> ramp_lib.Ramp:
+  """Its batches by step; row_length of prepared data, None for data.text."""
+  training, data = asked.training, asked.data
+  first = ramp_lib.Stage(
+    from_tokens=0,
+    batch_size=training.batch_size,
+    sequence_length=data.sequence_length,
+    accumulation=training.accumulation,
+  )
+  stages = [first, *(ramp_lib.Stage(**stage) for stage in training.ramp)]
+  longest = max(stage.sequence_length for stage in stages)
+  if row_length is not None and row_length < longest:
+    raise errors.ConfigError(
+      f"data.sequence_length={longest} is longer than the rows of"
+      f" {row_length} tokens in data.prepared={data.prepared}; prepare it with"
+      f" row_length={longest}, or use {row_length} or less."
+    )
+  return ramp_lib.Ramp(stages, row_length or longest)
+
+
+def check(
+  asked: Experiment,
+  config: config_lib.LlamaConfig,
+  tokenizer,
+  ramp: ramp_lib.Ramp,
+  num_devices: int,
+) -> None:
+  """Refuses, before any compile, what cannot work together."""
+  parallel = asked.parallel.resolve(num_devices)
+  for stage in ramp.stages:
+    rows = stage.batch_size // stage.accumulation
+    mesh.check(
+      parallel,
+      {
+        "tensor": {
+          "model.num_kv_heads": config.num_kv_heads,
+          "model.num_heads": config.num_heads,
+          "model.mlp_dim": config.mlp_dim,
+          "model.vocab_size": config.vocab_size,
+        },
+        "fsdp": {"model.embed_dim": config.embed_dim},
+        "batch": {"training.batch_size / training.accumulation": rows},
+      },
+    )
+    if stage.sequence_length > config.context_length:
+      raise errors.ConfigError(
+        f"data.sequence_length={stage.sequence_length} is longer than the"
+        f" model's context of {config.context_length}; use that or less."
+      )
+  if tokenizer.vocab_size > config.vocab_size:
+    raise errors.ConfigError(
+      f"the tokenizer has {tokenizer.vocab_size} words and the model"
+      f" {config.vocab_size}; give the model's own with"
+      " --config.data.tokenizer=PATH."
+    )
+
+
+def rates(asked: Experiment, ramp: ramp_lib.Ramp):
+  """Step (0 is the first) -> its learning rate."""
+  shape, total = asked.optimizer, asked.training.steps
+  ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
+
+  def rate(step: int) -> float:
+    tokens = ramp.at(step).tokens
+    return schedule.learning_rate(shape, step, tokens, *ends)
+
+  return rate

@@ -28,7 +28,6 @@ from llama_jax.parallel import hosts, mesh
 from llama_jax.text import folder as folder_lib
 from llama_jax.text import infill, sentencepiece_bpe, train_sentencepiece
 from llama_jax.training import optimizer as optimizer_lib
-from llama_jax.training import schedule
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
 
@@ -155,7 +154,10 @@ def _changes(was: dict[str, Any], now: dict[str, Any]):
 def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   """Model, data and step of an experiment; nothing is written."""
   # The model and its words.
-  config, tokenizer = choose_model(asked, folder)
+  prepared = None
+  if asked.data.prepared:
+    prepared = prepared_lib.read(asked.data.prepared)
+  config, tokenizer = choose_model(asked, folder, prepared)
   devices = mesh.make(asked.parallel)
   dtype = asked.model.dtype
   decoder = decoder_lib.Decoder(
@@ -166,10 +168,9 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   )
 
   # The data: which rows step n reads follows from n alone.
-  if asked.data.prepared:
-    prepared = prepared_lib.read(asked.data.prepared)
-    ramp = make_ramp(asked, prepared.row_length)
-    check(asked, config, tokenizer, ramp, devices.size)
+  if prepared is not None:
+    ramp = experiment.make_ramp(asked, prepared.row_length)
+    experiment.check(asked, config, tokenizer, ramp, devices.size)
     _check_infilling(asked.data, prepared)
     rows, heldout = prepared.sources, prepared.heldout
     contents = {
@@ -177,8 +178,8 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
       for name in rows
     }
   else:
-    ramp = make_ramp(asked, None)
-    check(asked, config, tokenizer, ramp, devices.size)
+    ramp = experiment.make_ramp(asked, None)
+    experiment.check(asked, config, tokenizer, ramp, devices.size)
     packed, unseen = batches_lib.pack_text(
       asked.data, tokenizer, ramp.row_length
     )
@@ -233,7 +234,7 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
     placed=placed,
     first=functools.partial(_first_state, asked, decoder, optimizer, placed),
     update=update,
-    rate=rates(asked, ramp),
+    rate=experiment.rates(asked, ramp),
   )
 
 
@@ -259,7 +260,9 @@ def _first_state(asked, decoder, optimizer, placed):
 
 
 def choose_model(
-  asked: experiment.Experiment, folder: pathlib.Path
+  asked: experiment.Experiment,
+  folder: pathlib.Path,
+  prepared: prepared_lib.Prepared | None,
 ) -> tuple[config_lib.LlamaConfig, Any]:
   """The LlamaConfig and tokenizer: of the run so far, of init, or by name."""
   size, init = asked.model.size, asked.init
@@ -295,7 +298,7 @@ def choose_model(
       " leave them 0."
     )
   return changed, _choose_tokenizer(
-    asked.data, config, tokenizer, saved not in ("", init)
+    asked.data, prepared, config, tokenizer, saved not in ("", init)
   )
 
 
@@ -328,11 +331,13 @@ def _digest(parts) -> str:
   return digest.hexdigest()[:16]
 
 
-def _choose_tokenizer(data: batches_lib.DataConfig, config, saved, resumed):
+def _choose_tokenizer(
+  data: batches_lib.DataConfig, prepared, config, saved, resumed
+):
   """The prepared folder's; or the one that is named; or else the saved."""
   place = data.tokenizer
-  if data.prepared:
-    made = text.load_tokenizer(prepared_lib.read(data.prepared).tokenizer)
+  if prepared is not None:
+    made = text.load_tokenizer(prepared.tokenizer)
     if place not in ("", "train"):
       saved = text.load_tokenizer(place)
     if saved is not None and not proof.same_vocabulary(made, saved):
@@ -375,74 +380,3 @@ def _train_tokenizer(data: batches_lib.DataConfig, vocab_size: int):
   with tempfile.TemporaryDirectory() as empty:
     settings = folder_lib.read_settings(pathlib.Path(empty))
   return sentencepiece_bpe.from_model(model, str(data.text), settings)
-
-
-def make_ramp(
-  asked: experiment.Experiment, row_length: int | None
-) -> ramp_lib.Ramp:
-  """Its batches by step; row_length of prepared data, None for data.text."""
-  training, data = asked.training, asked.data
-  first = ramp_lib.Stage(
-    from_tokens=0,
-    batch_size=training.batch_size,
-    sequence_length=data.sequence_length,
-    accumulation=training.accumulation,
-  )
-  stages = [first, *(ramp_lib.Stage(**stage) for stage in training.ramp)]
-  longest = max(stage.sequence_length for stage in stages)
-  if row_length is not None and row_length < longest:
-    raise errors.ConfigError(
-      f"data.sequence_length={longest} is longer than the rows of"
-      f" {row_length} tokens in data.prepared={data.prepared}; prepare it with"
-      f" row_length={longest}, or use {row_length} or less."
-    )
-  return ramp_lib.Ramp(stages, row_length or longest)
-
-
-def check(
-  asked: experiment.Experiment,
-  config: config_lib.LlamaConfig,
-  tokenizer,
-  ramp: ramp_lib.Ramp,
-  num_devices: int,
-) -> None:
-  """Refuses, before any compile, what cannot work together."""
-  parallel = asked.parallel.resolve(num_devices)
-  for stage in ramp.stages:
-    rows = stage.batch_size // stage.accumulation
-    mesh.check(
-      parallel,
-      {
-        "tensor": {
-          "model.num_kv_heads": config.num_kv_heads,
-          "model.num_heads": config.num_heads,
-          "model.mlp_dim": config.mlp_dim,
-          "model.vocab_size": config.vocab_size,
-        },
-        "fsdp": {"model.embed_dim": config.embed_dim},
-        "batch": {"training.batch_size / training.accumulation": rows},
-      },
-    )
-    if stage.sequence_length > config.context_length:
-      raise errors.ConfigError(
-        f"data.sequence_length={stage.sequence_length} is longer than the"
-        f" model's context of {config.context_length}; use that or less."
-      )
-  if tokenizer.vocab_size > config.vocab_size:
-    raise errors.ConfigError(
-      f"the tokenizer has {tokenizer.vocab_size} words and the model"
-      f" {config.vocab_size}; give the model's own with"
-      " --config.data.tokenizer=PATH."
-    )
-
-
-def rates(asked: experiment.Experiment, ramp: ramp_lib.Ramp):
-  """Step (0 is the first) -> its learning rate."""
-  shape, total = asked.optimizer, asked.training.steps
-  ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
-
-  def rate(step: int) -> float:
-    tokens = ramp.at(step).tokens
-    return schedule.learning_rate(shape, step, tokens, *ends)
-
-  return rate

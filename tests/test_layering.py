@@ -25,7 +25,14 @@ BELOW = {
   # Nouns that live on top, for verbs and notebooks.
   "llama": {"checkpoint", "decoding", "model", "text"},
   "shell": {"checkpoint"},
-  "experiment": {"data", "evals", "parallel", "shell", "training"},
+  "experiment": {
+    "data",
+    "evals",
+    "model",
+    "parallel",
+    "shell",
+    "training",
+  },
   "run": {
     "checkpoint",
     "data",

@@ -184,16 +184,14 @@ class Batches:
     place = self._ramp.at(step)
     T = place.stage.sequence_length
     wanted = range(place.stage.batch_size)[rows]
-    drawn: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
-    parts, whose = [], []
+    parts, whose, read = [], [], None
     for sequence in wanted:
       number, cut = divmod(sequence, place.cuts)
-      if number not in drawn:
+      if number != read:
         draw = self.mixture.draw(place.row + number)
-        drawn = {number: (draw.source, self._rows[draw.source][draw.index])}
-      source, row = drawn[number]
+        row, read = self._rows[draw.source][draw.index], number
       parts.append(packing.inputs(row, cut * T, T, self._separate))
-      whose.append(source)
+      whose.append(draw.source)
     batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
     return batch | {"sources": np.array(whose, np.int32)}
 

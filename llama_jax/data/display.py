@@ -56,7 +56,7 @@ def lines(
   of a row is in no loss: nothing before it that it could be told from, or, if
   it goes on from the row before, it was that row's last target.
   """
-  tokenizer = text_lib.load_tokenizer(data.folder / prepared.TOKENIZER)
+  tokenizer = text_lib.load_tokenizer(data.tokenizer)
   marks = Marks(colours)
   yield marks.legend
   for kind, sources in (("", data.sources), (", held out", data.heldout)):
