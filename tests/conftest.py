@@ -88,6 +88,35 @@ def tokenizer_folder(tmp_path_factory, python_source) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def nano_flags(tmp_path_factory, python_source, tokenizer_folder):
+  """(workdir, **knobs) -> a command that trains configs/nano.py on some text.
+
+  Knobs are those of --config, as data.text.
+  """
+  corpus = tmp_path_factory.mktemp("corpus")
+  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
+  (corpus / "a.jsonl").write_text("".join(rows))
+
+  def make(workdir, **knobs):
+    knobs = {
+      "data.text": corpus,
+      "data.tokenizer": tokenizer_folder,
+      "data.sequence_length": 32,
+      "training.batch_size": 8,
+      "training.accumulation": 2,
+      **knobs,
+    }
+    return [
+      "llama_jax.train",
+      f"--config={ROOT / 'configs/nano.py'}",
+      f"--workdir={workdir}",
+      *(f"--config.{name}={value}" for name, value in knobs.items()),
+    ]
+
+  return make
+
+
+@pytest.fixture(scope="session")
 def nano(tmp_path_factory, tokenizer_folder, random_params) -> pathlib.Path:
   """A Hugging Face folder: random nano weights, a tokenizer, a template."""
   from llama_jax import text

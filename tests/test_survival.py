@@ -23,35 +23,14 @@ SURVIVAL = ROOT / "tests/survival.py"
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, python_source):
-  folder = tmp_path_factory.mktemp("corpus")
-  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
-  (folder / "a.jsonl").write_text("".join(rows))
-  return folder
-
-
-@pytest.fixture(scope="module")
-def flags_of(corpus, tokenizer_folder):
-  def make(workdir, **knobs):
-    knobs = {
-      "data.text": corpus,
-      "data.tokenizer": tokenizer_folder,
-      "data.sequence_length": 32,
-      "training.steps": STEPS,
-      "training.batch_size": 8,
-      "training.accumulation": 2,
-      "checkpoint.every": EVERY,
-      "metrics.curves_every": 0,
-      **knobs,
-    }
-    return [
-      "llama_jax.train",
-      f"--config={ROOT / 'configs/nano.py'}",
-      f"--workdir={workdir}",
-      *(f"--config.{name}={value}" for name, value in knobs.items()),
-    ]
-
-  return make
+def flags_of(nano_flags):
+  """Flags of this file's run, with other knobs where they are given."""
+  usual = {
+    "training.steps": STEPS,
+    "checkpoint.every": EVERY,
+    "metrics.curves_every": 0,
+  }
+  return lambda workdir, **knobs: nano_flags(workdir, **usual | knobs)
 
 
 class Trainer:

@@ -1,7 +1,6 @@
 """train on a mesh, and the mistakes it tells; test_survival.py has the rest."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
@@ -16,36 +15,13 @@ TIMES = metrics_lib.CLOCKED
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, python_source):
-  folder = tmp_path_factory.mktemp("corpus")
-  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
-  (folder / "a.jsonl").write_text("".join(rows))
-  return folder
-
-
-@pytest.fixture(scope="module")
-def flags_of(corpus, tokenizer_folder):
-  """Flags of a small run; keywords are --config.training's and whole knobs."""
-
-  def make(workdir, **knobs):
-    knobs = {
-      "data.text": corpus,
-      "data.tokenizer": tokenizer_folder,
-      "data.sequence_length": 32,
-      "training.steps": STEPS,
-      "training.batch_size": 8,
-      "training.accumulation": 2,
-      "checkpoint.every": 8,
-      **knobs,
-    }
-    return [
-      "llama_jax.train",
-      f"--config={ROOT / 'configs/nano.py'}",
-      f"--workdir={workdir}",
-      *(f"--config.{name}={value}" for name, value in knobs.items()),
-    ]
-
-  return make
+def flags_of(nano_flags):
+  """Flags of this file's run, with other knobs where they are given."""
+  usual = {
+    "training.steps": STEPS,
+    "checkpoint.every": 8,
+  }
+  return lambda workdir, **knobs: nano_flags(workdir, **usual | knobs)
 
 
 def rows_of(folder):
@@ -120,7 +96,7 @@ def one_line(result, *said):
   assert "Traceback" not in out + err
 
 
-def test_mistakes_end_in_one_line(run_verbs, flags_of, tmp_path, corpus):
+def test_mistakes_end_in_one_line(run_verbs, flags_of, tmp_path):
   missing = ["llama_jax.train", *flags_of("")[1:2]]
   cases = {
     "misspelt": (
