@@ -1,105 +1,158 @@
-"""Continues a prompt, or talks.
+"""Continues a prompt, talks, fills the hole in a file, or answers a file.
 
   python -m llama_jax.generate --ckpt=REF --prompt=TEXT
-  python -m llama_jax.generate --ckpt=REF --chat
-    [--temperature --top_p --top_k --max_new_tokens --seed --stop=TEXT ...]
+  python -m llama_jax.generate --ckpt=REF --chat [--system=TEXT]
+  python -m llama_jax.generate --ckpt=REF --infill=FILE [--hole="<FILL>"]
+  python -m llama_jax.generate --ckpt=REF --prompts=FILE.jsonl
+    --out=FILE.jsonl [--n=1] [--logprobs=K] [--max_batch --cache_tokens]
+    [--temperature --top_p --top_k --min_p --max_new_tokens --seed --stop=TEXT
+     --repetition_penalty --presence_penalty --frequency_penalty ...]
 
-The text streams as it is decoded. In a chat, Ctrl-C stops an answer, /reset
-forgets the conversation, and Ctrl-D or /exit ends.
+The text streams as it is decoded. In a chat, Ctrl-C stops an answer and /help
+shows the commands. Infilling prints the whole file, and takes a model trained
+for it. Rows of --prompts have `prompt` (a text) or `messages` (a chat); those
+of --out keep their fields and add `completions`. Typed again it goes on where
+it was stopped, and several processes share one file.
 """
 
-import sys
+import pathlib
 
 from absl import flags
 
-from llama_jax import errors, shell
+from llama_jax import errors, shell, terminal
 
 
-def speak(llama, prompt: list[int], settings) -> str:
-  """Prints an answer as it comes; returns it whole. Ctrl-C cuts it short."""
-  parts = []
+def around_hole(path: str, hole: str) -> tuple[str, str]:
+  """What stands before and behind the hole in a file."""
+  from llama_jax.text import files
+
+  with files.opened(path) as file:
+    content = file.read()
   try:
-    for piece in llama.stream(prompt, **settings):
-      parts.append(piece)
-      print(piece, end="", flush=True)
-  except KeyboardInterrupt:
-    if not _CHAT.value:
-      raise
-    print(" [stopped]", end="")
-  print(flush=True)
-  return "".join(parts)
+    text = content.decode()
+  except UnicodeDecodeError as error:
+    raise errors.BadFileError(
+      f"--infill={path} is not UTF-8: {error}."
+    ) from error
+  if not hole:
+    raise errors.UserError("--hole is empty; name a mark, as in --hole=<FILL>.")
+  if (count := text.count(hole)) != 1:
+    raise errors.UserError(
+      f"--infill={path} has the mark --hole={hole} {count} times; put it there"
+      " once, where text is missing."
+    )
+  prefix, suffix = text.split(hole)
+  return prefix, suffix
 
 
-def chat(llama, settings) -> None:
-  """A conversation on the terminal with the model's own template."""
-  opening = []
-  if _SYSTEM.value:
-    opening.append({"role": "system", "content": _SYSTEM.value})
-  # Refused before the first word where the model has no template.
-  llama.encode_chat([*opening, {"role": "user", "content": "?"}])
-  messages = list(opening)
-  if sys.stdin.isatty():
-    print("Ctrl-C stops an answer, /reset forgets, Ctrl-D or /exit ends.")
-  while True:
-    try:
-      said = input("you> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-      return
-    except KeyboardInterrupt:
-      print()
-      return
-    if said == "/exit":
-      return
-    if said == "/reset":
-      messages = list(opening)
-      continue
-    if not said:
-      continue
-    turn = [*messages, {"role": "user", "content": said}]
-    try:
-      prompt = llama.encode_chat(turn)
-      room = llama.config.context_length - len(prompt)
-      allowed = max(1, min(settings["max_new_tokens"], room))
-      answer = speak(llama, prompt, settings | {"max_new_tokens": allowed})
-    except errors.UserError as error:
-      print(f"error: {error} (/reset begins anew)", file=sys.stderr)
-      continue
-    messages = [*turn, {"role": "assistant", "content": answer}]
+def fill(llama, prefix: str, suffix: str, settings) -> None:
+  """Prints the whole text, what is missing as the model writes it."""
+  from llama_jax.text import infill
+
+  prompt = infill.Infill(llama.need_tokenizer()).prompt(prefix, suffix)
+  pieces = llama.stream(
+    prompt.ids, stop_ids=prompt.stop_ids, continues=True, **settings
+  )
+  # Nothing is printed where the first step is refused.
+  print(prefix + next(pieces, ""), end="", flush=True)
+  for piece in pieces:
+    print(piece, end="", flush=True)
+  print(suffix, end="", flush=True)
+
+
+def _read(path: str | None) -> str:
+  if path is None:
+    return ""
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.BadFileError(f"--json_schema={path}: {error}.") from error
+
+
+def answer_file(sampling_config) -> None:
+  """--prompts: what is refused is refused before any weights load."""
+  from llama_jax import batch
+  from llama_jax import llama as llama_lib
+  from llama_jax.decoding import engine as engine_lib
+
+  rows = batch.read(pathlib.Path(_PROMPTS.value))
+  settings = batch.Settings(
+    samples=_N.value,
+    sampling=sampling_config,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    min_new_tokens=_MIN_NEW_TOKENS.value,
+    logprobs=_LOGPROBS.value,
+    stop=tuple(_STOP.value),
+    json_schema=_read(_JSON_SCHEMA.value),
+    regex=_REGEX.value or "",
+  )
+  output = batch.Output(
+    pathlib.Path(_OUT.value),
+    len(rows),
+    batch.identity(rows, settings, ckpt=_CKPT.value, dtype=_DTYPE.value),
+  )
+  if not output.begin():
+    print(f"{_OUT.value} is there already: nothing to do.")
+    return
+  config = engine_lib.EngineConfig(
+    cache_tokens=_CACHE_TOKENS.value, max_batch=_MAX_BATCH.value
+  )
+  llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
+  print(batch.run(llama, rows, output, settings, config))
 
 
 def main(argv) -> None:
   del argv
-  if _CHAT.value == (_PROMPT.value is not None):
-    raise errors.UserError("give either --prompt=TEXT or --chat.")
+  modes = (_PROMPT, _INFILL, _PROMPTS)
+  if [_CHAT.value, *(one.value is not None for one in modes)].count(True) != 1:
+    raise errors.UserError(
+      "give one of --prompt=TEXT, --chat, --infill=FILE or --prompts=FILE."
+    )
+  if (_PROMPTS.value is None) != (_OUT.value is None):
+    raise errors.UserError("--prompts=FILE and --out=FILE belong together.")
   from llama_jax import llama as llama_lib
   from llama_jax.decoding import sampling
   from llama_jax.text import stream
 
   stream.check_stop_strings(_STOP.value)
+  if _INFILL.value is not None:
+    around = around_hole(_INFILL.value, _HOLE.value)
   temperature = _TEMPERATURE.value
   if temperature is None:
     temperature = 0.7 if _CHAT.value else 0.0
+  sampling_config = sampling.SamplingConfig(
+    temperature=temperature,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    repetition_penalty=_REPETITION_PENALTY.value,
+    presence_penalty=_PRESENCE_PENALTY.value,
+    frequency_penalty=_FREQUENCY_PENALTY.value,
+    seed=_SEED.value,
+  )
+  if _PROMPTS.value is not None:
+    answer_file(sampling_config)
+    return
   settings = {
     "max_new_tokens": _MAX_NEW_TOKENS.value,
-    "sampling_config": sampling.SamplingConfig(
-      temperature=temperature,
-      top_k=_TOP_K.value,
-      top_p=_TOP_P.value,
-      seed=_SEED.value,
-    ),
+    "sampling_config": sampling_config,
     "stop": _STOP.value,
   }
   llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
   if _CHAT.value:
-    chat(llama, settings)
+    terminal.chat(llama, settings, _SYSTEM.value)
+  elif _INFILL.value is not None:
+    fill(llama, *around, settings)
   else:
-    speak(llama, llama.encode_prompt(_PROMPT.value), settings)
+    terminal.speak(llama, llama.encode_prompt(_PROMPT.value), settings)
 
 
 if __name__ == "__main__":
   _CKPT = flags.DEFINE_string("ckpt", None, "orbax:DIR, hf:DIR or gguf:FILE.")
   _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
   _CHAT = flags.DEFINE_boolean("chat", False, "Talk on the terminal.")
+  _INFILL = flags.DEFINE_string("infill", None, "A file with a hole to fill.")
+  _HOLE = flags.DEFINE_string("hole", "<FILL>", "What marks the hole there.")
   _SYSTEM = flags.DEFINE_string("system", None, "The chat's system message.")
   _TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "0 is greedy. Unset: 0 for a prompt, 0.7 in a chat."
@@ -108,6 +161,37 @@ if __name__ == "__main__":
   _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest; 0 all.")
   _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "At most.")
   _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+  _PROMPTS = flags.DEFINE_string("prompts", None, "JSONL to answer.")
+  _OUT = flags.DEFINE_string("out", None, "JSONL with the answers.")
+  _N = flags.DEFINE_integer("n", 1, "Answers to each row of --prompts.")
+  _LOGPROBS = flags.DEFINE_integer(
+    "logprobs", None, "Of each token, and of so many of the likeliest."
+  )
+  _MIN_NEW_TOKENS = flags.DEFINE_integer(
+    "min_new_tokens", 0, "Before so many an answer does not stop."
+  )
+  _CACHE_TOKENS = flags.DEFINE_integer(
+    "cache_tokens", 16384, "Tokens whose keys and values there is room for."
+  )
+  _MAX_BATCH = flags.DEFINE_integer("max_batch", 32, "Answers at once.")
+  _JSON_SCHEMA = flags.DEFINE_string(
+    "json_schema", None, "A file; each answer to --prompts is JSON of it."
+  )
+  _REGEX = flags.DEFINE_string(
+    "regex", None, "Each answer to --prompts matches it."
+  )
+  _MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Keep words so many times as likely as the likeliest."
+  )
+  _REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides the logits of words that were there."
+  )
+  _PRESENCE_PENALTY = flags.DEFINE_float(
+    "presence_penalty", 0.0, "Taken once from words the answer has."
+  )
+  _FREQUENCY_PENALTY = flags.DEFINE_float(
+    "frequency_penalty", 0.0, "Taken each time from words the answer has."
+  )
   _STOP = flags.DEFINE_multi_string(
     "stop", [], "Text that ends the answer, as in $'\\n\\n'; repeatable."
   )

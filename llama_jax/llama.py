@@ -93,14 +93,20 @@ class Llama:
     max_new_tokens: int,
     sampling_config: sampling.SamplingConfig,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    continues: bool = False,
   ) -> Iterator[str]:
     """Text as it is decoded, in whole characters, without the stop token.
 
     stop: texts that end the answer too; none of them is part of it.
+    stop_ids: what ends it instead of the tokenizer's stop tokens.
+    continues: it goes on in a text, so a leading space counts.
     """
     for (text,) in self._stream(
       [list(prompt)],
       stop,
+      stop_ids,
+      continues,
       max_new_tokens=max_new_tokens,
       sampling_config=sampling_config,
     ):
@@ -138,18 +144,22 @@ class Llama:
     texts = ["".join(row) for row in zip(*pieces, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
 
-  def _stream(self, prompts, stop, **settings) -> Iterator[list[str]]:
+  def _stream(
+    self, prompts, stop, stop_ids=None, continues=False, **settings
+  ) -> Iterator[list[str]]:
     """Each row's new text, step by step, until all rows have ended."""
     from llama_jax.text import stream as stream_lib
 
     tokenizer = self.need_tokenizer()
     decoder, params = self.unrolled
     rows = [
-      stream_lib.Detokenizer(tokenizer, stop_strings=stop) for _ in prompts
+      stream_lib.Detokenizer(tokenizer, continues, stop_strings=stop)
+      for _ in prompts
     ]
-    ends = set(tokenizer.stop_ids)
+    stop_ids = tokenizer.stop_ids if stop_ids is None else tuple(stop_ids)
+    ends = set(stop_ids)
     for new in loop.stream(
-      decoder, params, prompts, stop_ids=tokenizer.stop_ids, **settings
+      decoder, params, prompts, stop_ids=stop_ids, **settings
     ):
       yield [
         row.push_many(i for i in ids if i not in ends)

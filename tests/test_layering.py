@@ -19,12 +19,15 @@ BELOW = {
   "data": {"text"},
   "model": {"kernels", "parallel"},
   "checkpoint": {"model", "text"},
-  "decoding": {"model", "parallel"},
+  "decoding": {"kernels", "model", "parallel"},
   "training": {"objectives", "decoding", "model", "parallel"},
   "evals": {"text", "data", "objectives", "decoding", "model"},
   # Nouns that live on top, for verbs and notebooks.
   "llama": {"checkpoint", "decoding", "model", "text"},
   "shell": {"checkpoint"},
+  "terminal": {"checkpoint"},
+  "completion": {"decoding", "text"},
+  "batch": {"checkpoint", "completion", "decoding", "text"},
   "experiment": {
     "data",
     "evals",
@@ -46,7 +49,17 @@ BELOW = {
   },
   "__init__": {"llama", "text"},
 }
-TOP_NOUNS = {"__init__", "errors", "experiment", "llama", "run", "shell"}
+TOP_NOUNS = {
+  "__init__",
+  "batch",
+  "completion",
+  "errors",
+  "experiment",
+  "llama",
+  "run",
+  "shell",
+  "terminal",
+}
 VERBS = {p.stem for p in PACKAGE.glob("*.py")} - TOP_NOUNS
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -37,6 +37,10 @@ def clone(nano, tmp_path_factory) -> pathlib.Path:
     "--train=--config.data.sequence_length=64",
     "--train=--config.optimizer.peak_lr=3e-3",
   )
+  (folder / "prompts.jsonl").write_text(
+    '{"prompt": "def f("}\n'
+    '{"messages": [{"role": "user", "content": "Hello"}], "id": 2}\n'
+  )
   assert "curves.png" in done.stdout
   assert (folder / "runs/quickstart/run/curves.png").is_file()
   return folder
@@ -105,8 +109,14 @@ def test_command(results, command):
 
 
 def test_notebook_lines(clone):
-  (lines,) = blocks("python")
-  run(clone, "-c", lines + "assert logits.shape == (1, len(ids), 512)")
+  lines = "".join(blocks("python"))
+  run(
+    clone,
+    "-c",
+    lines
+    + "assert logits.shape == (1, len(ids), 512)\n"
+    + "assert len({tuple(one.tokens) for one in answers}) == 4\n",
+  )
 
 
 def test_tree_names_what_is_there():

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import errors
-from llama_jax.decoding import sampling
+from llama_jax.decoding import request, sampling
 from llama_jax.model import cache as cache_lib
 from llama_jax.model import decoder as decoder_lib
 
@@ -35,6 +34,7 @@ class Generation:
     position_B: its position.
     done_B: true once a stop token was drawn; such a row repeats it.
     drawn: tokens drawn so far.
+    seen: what the rows have said, where penalties ask for it.
   """
 
   cache: cache_lib.Cache
@@ -42,6 +42,7 @@ class Generation:
   position_B: jax.Array
   done_B: jax.Array
   drawn: jax.Array
+  seen: sampling.Seen | None
 
 
 def bucket(length: int, size: int) -> int:
@@ -61,21 +62,28 @@ def left_pad(prompts: Sequence[Sequence[int]], length: int):
   return ids_BT, positions_BT, segments_BT
 
 
-def _is_stop(token_B, stop_ids: tuple[int, ...]):
-  stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
-  return jnp.any(token_B[:, None] == stops[None], axis=-1)
-
-
-def _draw(logits_BV, keys_B, drawn, done_B, last_B, settings):
-  config, stop_ids = settings
-  token_B = sampling.choose(logits_BV, keys_B, drawn, config)
+def _draw(logits_BV, knobs, features, seen, drawn, done_B, last_B):
+  """The next token of rows that are not done, and what that changes."""
+  drawn_B = jnp.full(done_B.shape, drawn)
+  token_B = sampling.choose(logits_BV, knobs, drawn_B, features, seen_=seen)
   token_B = jnp.where(done_B, last_B, token_B)
-  return token_B, done_B | _is_stop(token_B, stop_ids)
+  if seen is not None:
+    seen = seen.add(token_B)
+  return token_B, done_B | sampling.is_stop(token_B, knobs), seen
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots", "settings"))
+@functools.partial(jax.jit, static_argnames=("decoder", "slots", "features"))
 def prefill(
-  params, ids_BT, positions_BT, segments_BT, keys_B, *, decoder, slots, settings
+  params,
+  ids_BT,
+  positions_BT,
+  segments_BT,
+  knobs,
+  seen,
+  *,
+  decoder,
+  slots,
+  features,
 ):
   """Reads the prompts and draws each row's first token."""
   B = ids_BT.shape[0]
@@ -89,13 +97,14 @@ def prefill(
     method="hidden",
   )
   logits_B1V = decoder.apply({"params": params}, x_BTD[:, -1:], method="logits")
-  token_B, done_B = _draw(
+  token_B, done_B, seen = _draw(
     logits_B1V[:, 0],
-    keys_B,
+    knobs,
+    features,
+    seen,
     0,
     jnp.zeros((B,), bool),
     jnp.zeros((B,), jnp.int32),
-    settings,
   )
   return Generation(
     cache=cache,
@@ -103,15 +112,16 @@ def prefill(
     position_B=positions_BT[:, -1] + 1,
     done_B=done_B,
     drawn=jnp.int32(1),
+    seen=seen,
   )
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("decoder", "count", "settings"),
+  static_argnames=("decoder", "count", "features"),
   donate_argnames=("generation",),
 )
-def decode(params, generation: Generation, keys_B, *, decoder, count, settings):
+def decode(params, generation: Generation, knobs, *, decoder, count, features):
   """Draws `count` more tokens a row: (tokens int32 [B, count], generation).
 
   Rows that are done repeat their stop token.
@@ -127,43 +137,22 @@ def decode(params, generation: Generation, keys_B, *, decoder, count, settings):
       ones_B1,
       state.cache,
     )
-    token_B, done_B = _draw(
+    token_B, done_B, seen = _draw(
       logits_B1V[:, 0],
-      keys_B,
+      knobs,
+      features,
+      state.seen,
       state.drawn,
       state.done_B,
       state.token_B,
-      settings,
     )
     state = Generation(
-      cache, token_B, state.position_B + 1, done_B, state.drawn + 1
+      cache, token_B, state.position_B + 1, done_B, state.drawn + 1, seen
     )
     return state, token_B
 
   generation, tokens_CB = jax.lax.scan(one, generation, None, length=count)
   return tokens_CB.T, generation
-
-
-def check_length(prompt: int, new: int, context: int) -> None:
-  """Refuses what the model's context cannot hold."""
-  if new < 1:
-    raise errors.UserError(f"--max_new_tokens={new} must be 1 or more.")
-  if prompt == 0:
-    raise errors.UserError(
-      "The prompt is empty and the model has no BOS token to begin with;"
-      " give a --prompt."
-    )
-  if prompt + new > context:
-    room = context - prompt
-    advice = (
-      f"use --max_new_tokens={room} or less, or a shorter prompt"
-      if room > 0
-      else "shorten the prompt"
-    )
-    raise errors.UserError(
-      f"The prompt has {prompt} tokens and --max_new_tokens={new}: together"
-      f" more than the model's context of {context}; {advice}."
-    )
 
 
 def stream(
@@ -191,20 +180,30 @@ def stream(
   shortest = min(len(prompt) for prompt in prompts)
   context = decoder.config.context_length
   # The longest decides, unless there is an empty one to refuse.
-  check_length(longest if shortest else 0, max_new_tokens, context)
+  request.check_length(longest if shortest else 0, max_new_tokens, context)
   length = bucket(longest, PROMPT_BUCKET)
   # The loop may run past the last token wanted, up to the end of its call.
   slots = bucket(length + max_new_tokens + tokens_per_call, CACHE_BUCKET)
-  keys_B = sampling.keys(sampling_config, len(prompts))
-  # The seed is in the keys: one program serves every seed.
-  settings = (dataclasses.replace(sampling_config, seed=0), tuple(stop_ids))
+  # Row i has the next seed but i; knobs are arrays: one program serves all.
+  knobs, features = sampling.knobs(
+    [
+      dataclasses.replace(sampling_config, seed=sampling_config.seed + row)
+      for row in range(len(prompts))
+    ],
+    stop_ids=[tuple(stop_ids)] * len(prompts),
+  )
+  seen = None
+  if features.penalties:
+    empty = [()] * len(prompts)
+    seen = sampling.seen(prompts, empty, decoder.config.vocab_size)
   generation = prefill(
     params,
     *left_pad(prompts, length),
-    keys_B,
+    knobs,
+    seen,
     decoder=decoder,
     slots=slots,
-    settings=settings,
+    features=features,
   )
   ended = [False] * len(prompts)
   stops = set(stop_ids)
@@ -227,10 +226,10 @@ def stream(
     tokens, generation = decode(
       params,
       generation,
-      keys_B,
+      knobs,
       decoder=decoder,
       count=tokens_per_call,
-      settings=settings,
+      features=features,
     )
     tokens_BC = np.asarray(tokens)
 

@@ -12,21 +12,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels import matmul
+from llama_jax.kernels import int8, matmul
 
 # Tokens (of all rows together) whose logits exist at once.
 CHUNK_TOKENS = 512
 
 
 def project(x_BTD, head, *, tied: bool) -> jax.Array:
-  """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V]."""
+  """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V].
+
+  A tied one may be quantized (kernels/int8.py).
+  """
   B, T, D = x_BTD.shape
   x_tD = x_BTD.reshape(B * T, D)
-  head = head.astype(x_BTD.dtype)
-  if tied:
-    logits_tV = matmul.product_rows(x_tD, head)
+  if isinstance(head, int8.Quantized):
+    logits_tV = int8.matmul(x_tD, head)
+  elif tied:
+    logits_tV = matmul.product_rows(x_tD, head.astype(x_BTD.dtype))
   else:
-    logits_tV = matmul.product(x_tD, head, 1, 0)
+    logits_tV = matmul.product(x_tD, head.astype(x_BTD.dtype), 1, 0)
   return logits_tV.reshape(B, T, -1)
 
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 
-def product(a, b, axis_a: int, axis_b: int) -> jax.Array:
-  """Contracts one axis of each matrix; summed and returned in float32."""
+def product(a, b, axis_a: int, axis_b: int, sums=jnp.float32) -> jax.Array:
+  """Contracts one axis of each matrix; summed and returned in dtype sums."""
   return jax.lax.dot_general(
     a,
     b,
     (((axis_a,), (axis_b,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    preferred_element_type=sums,
   )
 
 
@@ -51,11 +51,11 @@ matmul.defvjp(_forward, _backward)
 _FEW_ROWS = 32
 
 
-def product_rows(x_tI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-  """x @ kernel.T on [t, in] and [out, in]: float32 [t, out]."""
+def product_rows(x_tI, kernel_OI, sums=jnp.float32) -> jax.Array:
+  """x @ kernel.T on [t, in] and [out, in]: [t, out] in dtype sums."""
   if x_tI.shape[0] <= _FEW_ROWS:
-    return product(kernel_OI, x_tI, 1, 1).T
-  return product(x_tI, kernel_OI, 1, 1)
+    return product(kernel_OI, x_tI, 1, 1, sums).T
+  return product(x_tI, kernel_OI, 1, 1, sums)
 
 
 def matmul_rows(x_tI: jax.Array, kernel_OI: jax.Array, dtype) -> jax.Array:

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import kernels
-from llama_jax.kernels import cached
-from llama_jax.model import cache as cache_lib
 from llama_jax.model import config as config_lib
 from llama_jax.model import linear, rope
 from llama_jax.parallel import rules
@@ -75,7 +73,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, tokens: Tokens, layer=None, cache=None):
-    """Returns [B, T, D] and this layer's (keys, values), or None uncached."""
+    """Returns [B, T, D] and what this layer wrote, or None uncached."""
     config = self.config
     B, T, D = x_BTD.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -103,20 +101,12 @@ class Attention(nn.Module):
 
     written = None
     if cache is not None:
-      written = cache_lib.write(
-        cache.keys[layer], cache.values[layer], k_BTKH, v_BTKH, cache.used
-      )
+      written = cache.write(layer, k_BTKH, v_BTKH)
     if cache is None or cache.fresh:
       out_BTNH = attend(self.kernel, q_BTNH, k_BTKH, v_BTKH, tokens)
     else:
-      out_BTNH = cached.attend(
-        q_BTNH,
-        written[0].astype(self.dtype),
-        written[1].astype(self.dtype),
-        q_pos_BT=tokens.positions_BT,
-        k_pos_BS=cache.positions_BS,
-        q_seg_BT=tokens.segments_BT,
-        k_seg_BS=cache.segments_BS,
+      out_BTNH = cache.attend(
+        written, q_BTNH, tokens.positions_BT, tokens.segments_BT
       )
     out = linear.Linear(
       (N * H, D),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import errors, kernels
-from llama_jax.kernels import cross_entropy, fp8, reference
+from llama_jax.kernels import cross_entropy, fp8, int8, reference
 from llama_jax.model import attention, linear, mlp, norm, rope
 from llama_jax.model import config as config_lib
 from llama_jax.parallel import rules
@@ -130,11 +130,14 @@ class Decoder(nn.Module):
     tokens = attention.Tokens(
       positions_BT, segments_BT, *rope.table(self.config, positions_BT)
     )
-    # Rows whole before the look-up: only then does a batch-sharded look-up
-    # need no more than a sum over the vocabulary's parts.
-    table_VD = rules.constrain(self.embed(), "vocab", None)
-    stream = "bfloat16" if self.dtype == "float8" else self.dtype
-    x_BTD = table_VD[ids_BT].astype(stream)
+    table_VD = self.embed()
+    if isinstance(table_VD, int8.Quantized):
+      x_BTD = int8.take(table_VD, ids_BT)
+    else:
+      # Rows whole before the look-up: only then does a batch-sharded look-up
+      # need no more than a sum over the vocabulary's parts.
+      x_BTD = rules.constrain(table_VD, "vocab", None)[ids_BT]
+    x_BTD = x_BTD.astype("bfloat16" if self.dtype == "float8" else self.dtype)
     x_BTD = rules.constrain(x_BTD, "batch", None, None)
     if self.scan:
       if cache is not None:
@@ -142,23 +145,13 @@ class Decoder(nn.Module):
       x_BTD, _ = self.layers(x_BTD, tokens)
     else:
       if cache is not None:
-        start = (0, cache.used)
-        cache = cache.replace(
-          positions_BS=jax.lax.dynamic_update_slice(
-            cache.positions_BS, positions_BT, start
-          ),
-          segments_BS=jax.lax.dynamic_update_slice(
-            cache.segments_BS, segments_BT, start
-          ),
-        )
+        cache = cache.begin(positions_BT, segments_BT)
       written = []
       for index, block in enumerate(self.layers):
         x_BTD, pair = block(x_BTD, tokens, index, cache)
         written.append(pair)
       if cache is not None:
-        keys, values = zip(*written, strict=True)
-        used = cache.used + ids_BT.shape[1]
-        cache = cache.replace(keys=keys, values=values, used=used, fresh=False)
+        cache = cache.end(written, ids_BT.shape[1])
     x_BTD = norm.rms_norm(x_BTD, self.final_norm(), self.config.norm_eps)
     return x_BTD, cache
 
@@ -218,13 +211,8 @@ class Embedding(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    init = nn.initializers.normal(0.02)
-    return self.param(
-      "embedding",
-      nn.with_logical_partitioning(init, ("vocab", "embed")),
-      (self.vocab_size, self.embed_dim),
-      jnp.float32,
-    )
+    shape = (self.vocab_size, self.embed_dim)
+    return linear.matrix(self, "embedding", shape, ("vocab", "embed"), 0.02)
 
 
 class Head(nn.Module):
@@ -239,14 +227,9 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    init = nn.initializers.normal(0.02)
     order = -1 if self.transposed else 1
-    return self.param(
-      "kernel",
-      nn.with_logical_partitioning(init, ("embed", "vocab")[::order]),
-      (self.embed_dim, self.vocab_size)[::order],
-      jnp.float32,
-    )
+    shape, axes = (self.embed_dim, self.vocab_size), ("embed", "vocab")
+    return linear.matrix(self, "kernel", shape[::order], axes[::order], 0.02)
 
 
 def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:

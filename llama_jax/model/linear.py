@@ -5,10 +5,23 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.kernels import fp8, matmul
+from llama_jax.kernels import fp8, int8, matmul
 
 # What a projection's output is called in jax.checkpoint's policies by name.
 KEPT = "projection"
+
+
+def matrix(module: nn.Module, name: str, shape, axes, stddev: float):
+  """A module's matrix: an array, or the int8.Quantized that params hold.
+
+  At initialisation float32 and normal; axes are its logical ones.
+  """
+  if module.has_variable("params", name):
+    held = module.get_variable("params", name)
+    if isinstance(held, int8.Quantized):
+      return held
+  init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
+  return module.param(name, init, shape, jnp.float32)
 
 
 class Linear(nn.Module):
@@ -20,7 +33,8 @@ class Linear(nn.Module):
     stddev: of the normal initialisation.
     dtype: compute dtype; the kernel is stored in float32 at initialisation.
       fp8.E4M3 multiplies in float8 and gives x's dtype.
-    transposed: the kernel lies as [out, in], which decoding wants.
+    transposed: the kernel lies as [out, in], which decoding wants; such a one
+      may be quantized (model/quantize.py).
   """
 
   shape: tuple[int, int]
@@ -32,15 +46,12 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x_tI: jax.Array) -> jax.Array:
     order = -1 if self.transposed else 1
-    kernel = self.param(
-      "kernel",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(self.stddev), self.axes[::order]
-      ),
-      self.shape[::order],
-      jnp.float32,
+    kernel = matrix(
+      self, "kernel", self.shape[::order], self.axes[::order], self.stddev
     )
-    if self.dtype == fp8.E4M3:
+    if isinstance(kernel, int8.Quantized):
+      y_tO = int8.matmul(x_tI.astype(self.dtype), kernel).astype(self.dtype)
+    elif self.dtype == fp8.E4M3:
       y_tO = fp8.matmul(x_tI, kernel)
     elif self.transposed:
       y_tO = matmul.matmul_rows(x_tI, kernel, self.dtype)

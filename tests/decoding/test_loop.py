@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.decoding import loop, sampling
+from llama_jax.decoding import loop, request, sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 
@@ -145,10 +145,10 @@ def test_the_whole_context_can_be_used(params):
 )
 def test_lengths_that_do_not_fit(prompt, new, said):
   with pytest.raises(errors.UserError) as caught:
-    loop.check_length(prompt, new, 256)
+    request.check_length(prompt, new, 256)
   for words in said:
     assert words in str(caught.value)
-  loop.check_length(250, 6, 256)
+  request.check_length(250, 6, 256)
 
 
 def test_a_request_that_does_not_fit_is_refused_before_work(params):
@@ -205,18 +205,18 @@ def work_on_whole_caches(program, size):
 
 def lowered(function, params, batch=2, slots=320):
   where = loop.left_pad(PROMPTS[:batch], 64)
-  settings = (GREEDY, (0,))
-  keys = sampling.keys(GREEDY, batch)
+  knobs, features = sampling.knobs([GREEDY] * batch, stop_ids=[(0,)] * batch)
   generation = jax.eval_shape(
     functools.partial(
-      loop.prefill, decoder=DECODER, slots=slots, settings=settings
+      loop.prefill, decoder=DECODER, slots=slots, features=features
     ),
     params,
     *where,
-    keys,
+    knobs,
+    None,
   )
   return function.lower(
-    params, generation, keys, decoder=DECODER, count=8, settings=settings
+    params, generation, knobs, decoder=DECODER, count=8, features=features
   ).compile()
 
 

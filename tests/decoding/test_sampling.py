@@ -1,4 +1,4 @@
-"""Sampling against sets and probabilities worked out in NumPy."""
+"""Sampling against distributions worked out in NumPy, word by word."""
 
 import functools
 
@@ -13,59 +13,140 @@ from llama_jax.decoding import sampling
 V = 11
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, V)).astype(np.float32) * 2
+# What the rows have read and said: some words in both, some in neither.
+PROMPTS = [RNG.integers(V, size=4).tolist() for _ in LOGITS]
+ANSWERS = [RNG.integers(V, size=5).tolist() for _ in LOGITS]
 
 
-def kept_words(logits, top_k, top_p):
-  """The words of one row that may be drawn, by going down the ranking."""
-  ranking = np.argsort(-logits)[: top_k or V]
+def by_hand(logits, config, prompt=(), answer=()):
+  """(kept words, logits of the distribution) of one row, word by word."""
+  logits = logits.astype(np.float64).copy()
+  for word, added in config.logit_bias:
+    logits[word] += added
+  for word in range(V):
+    times = list(answer).count(word)
+    if word in prompt or times:
+      r = config.repetition_penalty
+      logits[word] = logits[word] / r if logits[word] > 0 else logits[word] * r
+    logits[word] -= config.frequency_penalty * times
+    logits[word] -= config.presence_penalty * (times > 0)
+  logits /= config.temperature or 1
+  ranking = np.argsort(-logits)[: config.top_k or V]
   probs = np.exp(logits[ranking] - logits.max())
-  probs /= probs.sum()
-  kept, held = set(), 0.0
+  mass, held, kept = probs.sum(), 0.0, []
   for word, prob in zip(ranking, probs, strict=True):
-    kept.add(int(word))
-    held += prob
-    if held >= top_p:
+    if config.top_p < 1 and held >= config.top_p * mass:
       break
-  return kept
+    if prob >= config.min_p and np.isfinite(logits[word]):
+      kept.append(int(word))
+    held += prob
+  return sorted(kept), logits
 
 
-keep = jax.jit(sampling.keep_likeliest, static_argnums=(1, 2))
+def shaped(logits, configs, prompts=None, answers=None):
+  knobs, features = sampling.knobs(configs)
+  seen = None
+  if features.penalties:
+    seen = sampling.seen(prompts, answers, V)
+  drawn = np.zeros(len(logits), np.int32)
+  function = jax.jit(sampling.shape, static_argnames="features")
+  return np.asarray(
+    function(logits, knobs, drawn, features=features, seen_=seen)
+  )
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 4, V, 50])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
-def test_the_kept_words(top_k, top_p):
-  out = np.asarray(keep(LOGITS, top_k, top_p))
-  for row, logits in zip(out, LOGITS, strict=True):
-    kept = {int(w) for w in np.flatnonzero(row > -np.inf)}
-    assert kept == kept_words(logits, top_k, top_p)
-    # What is kept is not changed.
-    np.testing.assert_array_equal(row[list(kept)], logits[list(kept)])
+WARM = {"temperature": 1.0}
+COMBINATIONS = [
+  WARM,
+  {"temperature": 1.7},
+  *({"top_k": k} | WARM for k in (1, 4, V, 50)),
+  *({"top_p": p} | WARM for p in (0.9, 0.5, 1e-6)),
+  *({"min_p": p} | WARM for p in (0.02, 0.5, 1.0)),
+  {"repetition_penalty": 1.5} | WARM,
+  {"repetition_penalty": 0.6} | WARM,
+  {"presence_penalty": 0.7} | WARM,
+  {"frequency_penalty": 0.4} | WARM,
+  {"frequency_penalty": -0.4} | WARM,
+  {"logit_bias": ((3, 2.0), (5, -1.5), (9, float("-inf")))} | WARM,
+  {"temperature": 0.5, "top_k": 6, "top_p": 0.8},
+  {"temperature": 0.8, "top_p": 0.95, "min_p": 0.1},
+  {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "min_p": 0.05}
+  | {"repetition_penalty": 1.2, "presence_penalty": 0.3}
+  | {"frequency_penalty": 0.2, "logit_bias": ((0, 1.0),)},
+]
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=str)
+def test_the_distribution(settings):
+  config = sampling.SamplingConfig(**settings)
+  out = shaped(LOGITS, [config] * len(LOGITS), PROMPTS, ANSWERS)
+  for row, logits, prompt, answer in zip(
+    out, LOGITS, PROMPTS, ANSWERS, strict=True
+  ):
+    kept, want = by_hand(logits, config, prompt, answer)
+    assert np.flatnonzero(row > -np.inf).tolist() == kept
+    # Float32 against float64.
+    np.testing.assert_allclose(row[kept], want[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_does_not_feel_the_knobs_of_others():
+  """Bit for bit what it is alone, whatever the program is compiled for."""
+  configs = [sampling.SamplingConfig(**one) for one in COMBINATIONS[-6:]]
+  together = shaped(LOGITS, configs, PROMPTS, ANSWERS)
+  for row, config in enumerate(configs):
+    one = slice(row, row + 1)
+    alone = shaped(LOGITS[one], [config], PROMPTS[one], ANSWERS[one])
+    np.testing.assert_array_equal(together[one], alone)
+
+
+def test_the_border_keeps_equals():
+  logits = np.log(np.asarray([[0.4, 0.2, 0.2, 0.1, 0.1]], np.float32))
+  for knob, value, kept in (
+    ("top_k", 2, [0, 1, 2]),
+    ("top_k", 4, [0, 1, 2, 3, 4]),
+    ("top_p", 0.5, [0, 1, 2]),
+  ):
+    config = sampling.SamplingConfig(temperature=1.0, **{knob: value})
+    row = shaped(logits, [config])[0]
+    assert np.flatnonzero(row > -np.inf).tolist() == kept
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4])
+def test_top_k_at_any_scale(scale):
+  """Exactly k of many different logits, negative ones and zeros among them."""
+  logits = np.random.default_rng(1).permutation(np.linspace(-1, 1, 501))[None]
+  logits = (logits * scale).astype(np.float32)
+  for k in (1, 77, 250, 251, 252, 500):
+    config = sampling.SamplingConfig(temperature=1.0, top_k=k)
+    row = shaped(logits, [config])[0]
+    assert set(np.flatnonzero(row > -np.inf)) == set(np.argsort(-logits[0])[:k])
+
+
+def choose(logits, configs, drawn, **rest):
+  knobs, features = sampling.knobs(configs, **rest)
+  function = jax.jit(sampling.choose, static_argnames="features")
+  return np.asarray(function(logits, knobs, drawn, features=features))
 
 
 @pytest.mark.parametrize(
   "settings",
-  [
-    {"temperature": 1.0},
-    {"temperature": 0.5, "top_k": 4},
-    {"temperature": 1.7, "top_p": 0.8},
-    {"temperature": 0.9, "top_k": 6, "top_p": 0.7},
-  ],
+  [one for one in COMBINATIONS if "penalty" not in str(one)],
   ids=str,
 )
 def test_frequencies(settings):
-  """Chi-square over 4000 rows with keys of their own."""
+  """Chi-square over 4,000 answers to one request."""
   config = sampling.SamplingConfig(**settings, seed=3)
   count, logits = 4000, LOGITS[0]
-  choose = jax.jit(sampling.choose, static_argnums=3)
   drawn = choose(
-    np.tile(logits, (count, 1)), sampling.keys(config, count), 5, config
+    np.tile(logits, (count, 1)),
+    [config] * count,
+    np.full(count, 5),
+    samples=list(range(count)),
   )
   got = np.bincount(drawn, minlength=V)
-  scaled = logits.astype(np.float64) / config.temperature
-  kept = sorted(kept_words(scaled, config.top_k, config.top_p))
+  kept, want = by_hand(logits, config)
   probs = np.zeros(V)
-  probs[kept] = np.exp(scaled[kept] - scaled.max())
+  probs[kept] = np.exp(want[kept] - want[kept].max())
   probs *= count / probs.sum()
   assert got[probs == 0].sum() == 0
   statistic = ((got - probs)[kept] ** 2 / probs[kept]).sum()
@@ -74,32 +155,78 @@ def test_frequencies(settings):
   assert statistic < df + 5 * (2 * df) ** 0.5, (got, probs)
 
 
-def test_draws_of_a_row_are_independent():
-  """Token after token, of one key: pairs are as frequent as their product."""
-  config = sampling.SamplingConfig(temperature=1.0)
-  keys = sampling.keys(config, 1)
-  logits = jnp.zeros((1, 2))
-  draw = functools.partial(sampling.choose, logits, keys, config=config)
-  drawn = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(4000)))[:, 0]
-  pairs = np.bincount(2 * drawn[:-1] + drawn[1:], minlength=4) / 3999
+@pytest.mark.parametrize("apart", ["place", "sample", "seed"])
+def test_draws_are_independent(apart):
+  """Neighbours by place, sample or seed: pairs are as frequent as products."""
+  count = 4000
+  numbers = list(range(count))
+  configs = [
+    sampling.SamplingConfig(temperature=1.0, seed=i if apart == "seed" else 7)
+    for i in numbers
+  ]
+  drawn = choose(
+    jnp.zeros((count, 2)),
+    configs,
+    np.asarray(numbers if apart == "place" else [3] * count, np.int32),
+    samples=numbers if apart == "sample" else None,
+  )
+  pairs = np.bincount(2 * drawn[:-1] + drawn[1:], minlength=4) / (count - 1)
   # Standard deviation of each is 0.007.
   np.testing.assert_allclose(pairs, 0.25, atol=0.035)
 
 
-def test_greedy_is_argmax_and_needs_no_key():
+def test_greedy_rows_among_drawn_ones():
+  greedy, warm = sampling.SamplingConfig(), sampling.SamplingConfig(1.0)
+  mixed = choose(LOGITS, [greedy, warm] * 3, np.zeros(6, np.int32))
+  np.testing.assert_array_equal(mixed[::2], LOGITS.argmax(-1)[::2])
+  assert mixed.dtype == jnp.int32
+
+
+def test_a_stop_is_held_back_until_the_least():
   config = sampling.SamplingConfig()
-  chosen = sampling.choose(LOGITS, None, 0, config)
-  np.testing.assert_array_equal(chosen, LOGITS.argmax(-1))
-  assert chosen.dtype == jnp.int32
+  order = np.argsort(-LOGITS[0])
+  stops = [order[:2].tolist(), order[:1].tolist(), []]
+  hold = functools.partial(
+    choose, np.tile(LOGITS[0], (3, 1)), [config] * 3, stop_ids=stops
+  )
+  for drawn, want in ((4, order[[2, 1, 0]]), (5, order[[0, 0, 0]])):
+    got = hold(np.full(3, drawn), least=[5, 5, 5])
+    np.testing.assert_array_equal(got, want)
 
 
-def test_keys_are_those_of_their_own_seed():
-  config = sampling.SamplingConfig(temperature=1.0, seed=5)
-  many = jax.random.key_data(sampling.keys(config, 4))
-  for row in range(4):
-    alone = sampling.SamplingConfig(temperature=1.0, seed=5 + row)
-    one = jax.random.key_data(sampling.keys(alone, 1))
-    np.testing.assert_array_equal(many[row], one[0])
+def test_what_is_not_allowed_is_never_drawn():
+  config = sampling.SamplingConfig(temperature=3.0)
+  vocab, count = 70, 500
+  allowed = {3, 31, 32, 69}
+  words = np.zeros((1, 3), np.uint32)
+  for word in allowed:
+    words[0, word // 32] |= np.uint32(1) << np.uint32(word % 32)
+  knobs, features = sampling.knobs([config] * count, samples=list(range(count)))
+  drawn = sampling.choose(
+    jnp.zeros((count, vocab)),
+    knobs,
+    np.zeros(count, np.int32),
+    features,
+    allowed_BW=np.repeat(words, count, 0),
+  )
+  assert set(np.asarray(drawn).tolist()) == allowed
+
+
+def test_log_probabilities_are_the_models_own():
+  token = np.asarray([2, 0, 1, 4, 7, 10], np.int32)
+  out = sampling.logprobs(LOGITS, token, 3)
+  exact = LOGITS.astype(np.float64)
+  exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+  np.testing.assert_allclose(out.chosen_B, exact[np.arange(6), token], 1e-5)
+  order = np.argsort(-exact, -1)[:, :3]
+  np.testing.assert_array_equal(out.top_ids_BE, order)
+  np.testing.assert_allclose(
+    out.top_BE, np.take_along_axis(exact, order, -1), 1e-5
+  )
+
+
+def test_neutral_knobs_ask_for_nothing():
+  assert not any(sampling.knobs([sampling.SamplingConfig()] * 2)[1])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +238,13 @@ def test_keys_are_those_of_their_own_seed():
     {"top_k": -1},
     {"top_p": 0.0},
     {"top_p": 1.1},
+    {"min_p": 1.1},
+    {"min_p": -0.1},
+    {"repetition_penalty": 0.0},
+    {"presence_penalty": float("nan")},
+    {"frequency_penalty": float("inf")},
+    {"logit_bias": ((-1, 1.0),)},
+    {"logit_bias": ((1, float("nan")),)},
   ],
   ids=str,
 )

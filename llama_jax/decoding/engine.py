@@ -1,0 +1,647 @@
+"""Continuous batching: requests of any length join and leave a running batch.
+
+The engine holds the params and a pool of pages for keys and values that is
+allocated once. `submit` takes a request, each `step` reads some prompts and
+draws some tokens of all that run, `run` does whole lists. What is decided on
+the host stands in scheduler.py, what runs on the device in programs.py.
+
+Not for several threads at once.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax import errors, kernels
+from llama_jax.decoding import pages as pages_lib
+from llama_jax.decoding import programs, sampling, speculation
+from llama_jax.decoding import request as request_lib
+from llama_jax.decoding import scheduler as scheduler_lib
+from llama_jax.kernels import paged
+from llama_jax.model import decoder as decoder_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How much the engine does at once.
+
+  Attributes:
+    cache_tokens: tokens whose keys and values there is room for; rounded up to
+      whole pages.
+    page_size: tokens of a page.
+    max_batch: sequences that run at once.
+    chunk: tokens that are read in a step, beside those that are drawn.
+    tokens_per_call: tokens that a row draws between two looks of the host.
+    cache_dtype: of keys and values; empty for the compute dtype.
+    attention: a key of kernels.paged.KERNELS, or "auto".
+    guesses: tokens that are guessed and then checked in one forward
+      (speculation.py), 0 for none: by the engine's draft, or where it has none
+      by what followed the same tokens before.
+  """
+
+  cache_tokens: int = 16384
+  page_size: int = 64
+  max_batch: int = 32
+  chunk: int = 512
+  tokens_per_call: int = 8
+  cache_dtype: str = ""
+  attention: str = paged.AUTO
+  guesses: int = 0
+
+  def __post_init__(self):
+    for name, least in (
+      ("cache_tokens", 1),
+      ("page_size", 1),
+      ("max_batch", 1),
+      ("chunk", 1),
+      ("tokens_per_call", 1),
+      ("guesses", 0),
+    ):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise errors.UserError(
+          f"decoding.{name}={value!r} must be a whole number, {least} or more."
+        )
+    if self.cache_dtype not in ("", "float32", "bfloat16", "float16"):
+      raise errors.UserError(
+        f"decoding.cache_dtype={self.cache_dtype!r} is not known; use float32,"
+        " bfloat16 or float16, or leave it empty for the compute dtype."
+      )
+
+
+def cache_bytes(config: EngineConfig, model, dtype: str) -> int:
+  """Bytes of the pool for a model.config.LlamaConfig in a compute dtype."""
+  slots = (_page_count(config) + 1) * config.page_size
+  numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+  itemsize = jax.numpy.dtype(config.cache_dtype or dtype).itemsize
+  return slots * numbers * itemsize
+
+
+def _page_count(config: EngineConfig) -> int:
+  return -(-config.cache_tokens // config.page_size)
+
+
+# Sizes of arrays are rounded up to few, since each is a program to compile:
+# what costs time in proportion to powers of two, what does not to powers of
+# four.
+_FEWEST_PAGES, _FEWEST_TOKENS = 4, 32
+
+
+def _round_up(size: int, least: int = 1, factor: int = 2) -> int:
+  """The first of least, least * factor, ... that holds size."""
+  while least < size:
+    least *= factor
+  return least
+
+
+# Tokens that a copy of the rows' pages has room for before it is made anew.
+_ROOM = 64
+# Fills a batch up.
+_IDLE = scheduler_lib.Sequence(
+  number=-1,
+  request_number=-1,
+  request=request_lib.Request([0], 1, sampling.SamplingConfig()),
+  sample=0,
+  tokens=[0],
+  completion=request_lib.Completion(),
+  constraint=None,
+)
+
+
+def _filled(sequences, size: int):
+  return [*sequences, *[_IDLE] * (size - len(sequences))]
+
+
+def _table(rows) -> np.ndarray:
+  """Each row's pages, int32 [B, X], page 0 after them."""
+  width = _round_up(max(len(one.pages) for one in rows), _FEWEST_PAGES)
+  table_BX = np.full((len(rows), width), pages_lib.TRASH, np.int32)
+  for row, one in zip(table_BX, rows, strict=True):
+    row[: len(one.pages)] = one.pages
+  return table_BX
+
+
+def _history(rows, count: int) -> np.ndarray:
+  """Each row's tokens, int32 [B, S], with room for so many more."""
+  longest = max(len(one.tokens) for one in rows) + count
+  tokens_BS = np.zeros((len(rows), _round_up(longest, 256)), np.int32)
+  for row, one in zip(tokens_BS, rows, strict=True):
+    row[: len(one.tokens)] = one.tokens
+  return tokens_BS
+
+
+@dataclasses.dataclass
+class _Copied:
+  """What decoding goes on with where pages are not read in place.
+
+  Attributes:
+    rows: whose pages the cache is a copy of, with all that was drawn since.
+    caches: of the model and of the draft; None where pages are read in place.
+    room: tokens a row that it can still take.
+  """
+
+  rows: list[scheduler_lib.Sequence]
+  caches: tuple[Any, ...]
+  room: int
+
+  def keep(self, sequences, count: int):
+    """The rows for these sequences, or None where a new copy is better."""
+    if self.room < count or not set(sequences) <= set(self.rows):
+      return None
+    if _round_up(len(sequences)) < len(self.rows):
+      return None
+    active = set(sequences)
+    return [one if one in active else _IDLE for one in self.rows]
+
+
+class Engine:
+  """Decodes many requests in one batch.
+
+  Args:
+    decoder: with scan=False.
+    params: unstacked (decoder.unstack).
+    config: how much at once.
+    mesh: that the params lie on, or None for one device.
+    draft: decoder and params of a smaller model of the same vocabulary.
+  """
+
+  def __init__(
+    self,
+    decoder: decoder_lib.Decoder,
+    params: Any,
+    config: EngineConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    draft: tuple[decoder_lib.Decoder, Any] | None = None,
+  ):
+    self._decoder, self._config, self._mesh = decoder, config, mesh
+    # The model, and the draft if there is one.
+    self._decoders, self._params = zip(
+      *((decoder, params), *([draft] if draft else [])), strict=True
+    )
+    for one in self._decoders:
+      if one.config.vocab_size != decoder.config.vocab_size:
+        raise errors.UserError(
+          f"The draft has {one.config.vocab_size} words and the model"
+          f" {decoder.config.vocab_size}; take one with the same tokenizer."
+        )
+    if draft and not config.guesses:
+      raise errors.UserError("A draft needs decoding.guesses=1 or more.")
+    self._pages = pages_lib.Pages(_page_count(config), config.page_size)
+    self._scheduler = scheduler_lib.Scheduler(
+      self._pages,
+      max_batch=config.max_batch,
+      chunk=config.chunk,
+      # Whole rounds of guesses, each with the draw after the last.
+      tokens_per_call=-(-config.tokens_per_call // (config.guesses + 1))
+      * (config.guesses + 1),
+    )
+    self._pools = tuple(self._make_pools(one) for one in self._decoders)
+    self._copied = _Copied([], (), 0)
+    # Sequences that have not ended, by request.
+    self._live: dict[int, list[scheduler_lib.Sequence]] = {}
+    self._submitted = self._sequences = 0
+    self._cancelled: list[request_lib.Progress] = []
+
+  def _make_pools(self, decoder) -> programs.Pools:
+    model, config = decoder.config, self._config
+    dtype = config.cache_dtype or decoder.dtype
+    heads, head_dim = model.num_kv_heads, model.head_dim
+    kernel = paged.resolve(
+      config.attention,
+      kernels.platform(),
+      dtype=dtype,
+      num_heads=model.num_heads,
+      num_kv_heads=heads,
+      head_dim=head_dim,
+      page_size=config.page_size,
+    )
+    count, size = self._pages.count + 1, config.page_size
+    return tuple(
+      paged.empty(kernel, count, size, heads, head_dim, dtype)
+      for _ in range(model.num_layers)
+    )
+
+  @property
+  def busy(self) -> bool:
+    """Whether any request has not ended."""
+    return bool(self._live or self._cancelled)
+
+  @property
+  def pages(self) -> pages_lib.Pages:
+    return self._pages
+
+  @property
+  def counts(self) -> scheduler_lib.Counts:
+    return self._scheduler.counts
+
+  def check(self, request: request_lib.Request) -> None:
+    """Raises UserError for a request that can never be answered."""
+    model = self._decoder.config
+    prompt, new = len(request.prompt), request.max_new_tokens
+    request_lib.check_length(prompt, new, model.context_length)
+    # Of the last token nothing is kept.
+    needed = self._pages.needed(prompt + new - 1)
+    if needed > self._pages.count:
+      raise errors.UserError(
+        f"A prompt of {prompt} tokens and {new} new ones need {needed} pages of"
+        f" {self._config.page_size} tokens and there are {self._pages.count};"
+        f" give decoding.cache_tokens={prompt + new} or more, or ask for less."
+      )
+    if request.samples < 1:
+      raise errors.UserError(f"--n={request.samples} must be 1 or more.")
+    for name in ("logprobs", "prompt_logprobs"):
+      top = getattr(request, name)
+      if top is not None and not 0 <= top <= model.vocab_size:
+        raise errors.UserError(
+          f"--{name}={top} must be from 0 to the {model.vocab_size} words."
+        )
+    if not 0 <= request.min_new_tokens <= new:
+      raise errors.UserError(
+        f"--min_new_tokens={request.min_new_tokens} must be from 0 to"
+        f" --max_new_tokens={new}."
+      )
+    highest = max(
+      [*request.prompt, *(i for i, _ in request.sampling.logit_bias)]
+    )
+    if min(request.prompt) < 0 or highest >= model.vocab_size:
+      raise errors.UserError(
+        "A prompt or --logit_bias has a token id out of range; the model's"
+        f" {model.vocab_size} words are 0 to {model.vocab_size - 1}."
+      )
+
+  def submit(self, request: request_lib.Request) -> int:
+    """Queues a request; returns its number, by arrival from 0.
+
+    Raises UserError for one that can never be answered.
+    """
+    self.check(request)
+    number = self._submitted
+    self._submitted += 1
+    self._live[number] = []
+    for sample in range(request.samples):
+      constraint = request.constraint
+      sequence = scheduler_lib.Sequence(
+        number=self._sequences,
+        request_number=number,
+        request=request,
+        sample=sample,
+        tokens=list(request.prompt),
+        completion=request_lib.Completion(),
+        constraint=None if constraint is None else constraint.copy(),
+      )
+      self._sequences += 1
+      self._live[number].append(sequence)
+      self._scheduler.add(sequence)
+    return number
+
+  def cancel(self, number: int, sample: int | None = None) -> None:
+    """Ends a request, or one answer of it; its pages are back at once.
+
+    The next step tells of it. One that has ended already stays as it is.
+    """
+    for sequence in list(self._live.get(number, ())):
+      if sample in (None, sequence.sample):
+        self._cancelled.append(self._end(sequence, request_lib.CANCELLED))
+
+  def step(self) -> list[request_lib.Progress]:
+    """One call that reads and one that draws, as there is work."""
+    progress, self._cancelled = self._cancelled, []
+    plan = self._scheduler.plan()
+    with self._on_mesh():
+      if plan.prefill:
+        progress += self._read(plan.prefill)
+      if plan.decode:
+        progress += self._draw(plan.decode, plan.count)
+    return progress
+
+  def run(
+    self, requests: Sequence[request_lib.Request]
+  ) -> list[list[request_lib.Completion]]:
+    """All answers to all requests, in their order."""
+    for request in requests:
+      self.check(request)
+    found = {
+      self.submit(request): [None] * request.samples for request in requests
+    }
+    for progress in self._steps():
+      if progress.request in found:
+        found[progress.request][progress.sample] = progress.completion
+    return list(found.values())
+
+  def _steps(self) -> Iterator[request_lib.Progress]:
+    while self.busy:
+      yield from self.step()
+
+  def _on_mesh(self):
+    if self._mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self._mesh)
+
+  def _knobs(self, rows):
+    """The rows' knobs, what they ask of a program, what they have said."""
+    requests = [one.request for one in rows]
+    knobs, features = sampling.knobs(
+      [one.sampling for one in requests],
+      samples=[one.sample for one in rows],
+      stop_ids=[tuple(one.stop_ids) for one in requests],
+      least=[one.min_new_tokens for one in requests],
+    )
+    seen = None
+    if features.penalties:
+      seen = sampling.seen(
+        [one.prompt for one in requests],
+        [one.tokens[len(one.request.prompt) :] for one in rows],
+        self._decoder.config.vocab_size,
+      )
+    return knobs, features, seen
+
+  def _allowed(self, rows):
+    """What constraints allow: uint32 [B, V / 32], or None without any."""
+    if all(one.constraint is None for one in rows):
+      return None
+    words = -(-self._decoder.config.vocab_size // 32)
+    allowed = np.full((len(rows), words), 2**32 - 1, np.uint32)
+    for row, one in zip(allowed, rows, strict=True):
+      if one.constraint is not None:
+        try:
+          row[:] = one.constraint.mask()
+        except errors.UserError as error:
+          # It ends when its token comes, whichever that is.
+          one.completion.error = str(error)
+    return allowed
+
+  def _read(self, planned):
+    packed, drawing = _pack(planned, self._config.page_size)
+    rows = _filled(drawing, len(packed.last_R))
+    knobs, features, seen = self._knobs(rows)
+    allowed = self._allowed(rows)
+    found = [
+      programs.read(
+        params,
+        pools,
+        packed,
+        knobs,
+        seen,
+        allowed,
+        decoder=decoder,
+        features=features,
+        top=_most(one.request.logprobs for one in drawing),
+        scored=_most(one.request.prompt_logprobs for one, _ in planned),
+      )
+      for params, pools, decoder in zip(
+        self._params, self._pools, self._decoders, strict=True
+      )
+    ]
+    self._pools = tuple(pools for *_, pools in found)
+    # What a draft would say is not asked for.
+    token_R, drawn, scores, _ = found[0]
+    scores = jax.device_get(scores)
+    at = 0
+    for sequence, count in planned:
+      if sequence.request.prompt_logprobs is not None:
+        # Of what is read last the next token is not the prompt's.
+        known = min(count, len(sequence.request.prompt) - 1 - sequence.cached)
+        told = sequence.completion.prompt_logprobs
+        # Some are there already where it was preempted.
+        told += [
+          _logprob(scores, (at + i,), sequence.request.prompt_logprobs)
+          for i in range(max(len(told) - sequence.cached, 0), known)
+        ]
+      at += count
+      self._scheduler.read(sequence, count)
+    token_B1 = np.asarray(token_R)[:, None]
+    return self._take(rows, token_B1, _column(drawn), token_B1 >= 0)
+
+  def _draw(self, sequences, count: int):
+    # Where a constraint looks at each token there is one a call.
+    speculates = self._config.guesses and all(
+      one.constraint is None for one in sequences
+    )
+    rows = self._copied.keep(sequences, count)
+    if rows is None:
+      rows = _filled(sequences, _round_up(len(sequences)))
+      self._copied = self._copy(rows, max(_ROOM, count))
+    knobs, features, seen = self._knobs(rows)
+    top = _most(one.request.logprobs for one in sequences)
+    asked = self._rows(rows, count, table=speculates)
+    caches = self._copied.caches
+    if speculates:
+      C = self._config.guesses + 1
+      found = speculation.draw(
+        self._params,
+        self._pools,
+        caches,
+        asked,
+        _history(rows, count),
+        knobs,
+        seen,
+        decoders=self._decoders,
+        guesses=C - 1,
+        rounds=count // C,
+        features=features,
+        top=top,
+      )
+      tokens_BRC, counts_BR, told, self._pools, self._copied.caches = found
+      tokens_BC = np.asarray(tokens_BRC).reshape(len(rows), -1)
+      valid_BRC = np.arange(C) < np.asarray(counts_BR)[:, :, None]
+      valid_BC = valid_BRC.reshape(tokens_BC.shape)
+      told = jax.tree.map(
+        lambda a: np.asarray(a).reshape(*tokens_BC.shape, *a.shape[3:]), told
+      )
+    else:
+      tokens_BC, told, pools, cache = programs.draw(
+        self._params[0],
+        self._pools[0],
+        caches[0],
+        asked,
+        knobs,
+        seen,
+        self._allowed(rows),
+        decoder=self._decoder,
+        features=features,
+        top=top,
+      )
+      self._pools = (pools, *self._pools[1:])
+      self._copied.caches = (cache, *caches[1:])
+      tokens_BC, told = np.asarray(tokens_BC), jax.device_get(told)
+      valid_BC = tokens_BC >= 0
+      if len(caches) > 1:
+        # The draft has not read these.
+        self._copied.room = 0
+    self._copied.room -= count
+    return self._take(rows, tokens_BC, told, valid_BC)
+
+  def _rows(self, rows, count: int, table: bool) -> programs.Rows:
+    """What the rows go on with; table: whether their pages are told too."""
+    P = self._config.page_size
+    token_B, length_B, drawn_B = np.asarray(
+      [(one.tokens[-1], one.cached, one.drawn) for one in rows], np.int32
+    ).T
+    places_BC = length_B[:, None] + np.arange(count, dtype=np.int32)
+    page_BC = np.full(places_BC.shape, pages_lib.TRASH, np.int32)
+    for row, places, one in zip(page_BC, places_BC // P, rows, strict=True):
+      known = places < len(one.pages)
+      row[known] = np.asarray(one.pages, np.int32)[places[known]]
+    if table or None in self._copied.caches:
+      table_BX = _table(rows)
+    else:
+      table_BX = np.zeros((len(rows), 0), np.int32)
+    return programs.Rows(
+      token_B, length_B, drawn_B, page_BC, places_BC % P, table_BX
+    )
+
+  def _copy(self, rows, room: int) -> "_Copied":
+    """Rows' pages copied together, unless they are read in place."""
+    # The old one's memory first.
+    self._copied = _Copied([], (), 0)
+    table_BX = _table(rows)
+    lengths = np.asarray([one.cached for one in rows], np.int32)
+    caches = tuple(
+      programs.gather(pools, table_BX, lengths, room=room)
+      if pools[0].kernel == "gather"
+      else None
+      for pools in self._pools
+    )
+    # There is nothing to keep where nothing was copied.
+    return _Copied(rows, caches, room if caches[0] is not None else 0)
+
+  def _take(self, sequences, tokens_BC, told, valid_BC):
+    """Gives each sequence its new tokens, up to what ends it."""
+    progress = []
+    for row, sequence in enumerate(sequences):
+      if sequence is _IDLE:
+        continue
+      request, completion = sequence.request, sequence.completion
+      new: list[int] = []
+      for place in np.flatnonzero(valid_BC[row])[: sequence.left].tolist():
+        if completion.error:
+          break
+        token = int(tokens_BC[row, place])
+        new.append(token)
+        if request.logprobs is not None:
+          completion.logprobs.append(
+            _logprob(told, (row, place), request.logprobs)
+          )
+        if token in request.stop_ids:
+          completion.finish_reason = request_lib.STOP
+          break
+      completion.tokens += new
+      if sequence.constraint is not None and not completion.finish_reason:
+        self._constrain(sequence, new)
+      if new:
+        # The token before each is in a page now; after reading it was already.
+        read = len(new) - 1 + sequence.unread
+        sequence.tokens += new
+        self._scheduler.read(sequence, read)
+        if not sequence.left and not completion.finish_reason:
+          completion.finish_reason = request_lib.LENGTH
+      if completion.finish_reason:
+        progress.append(self._end(sequence, completion.finish_reason, new))
+      else:
+        progress.append(_progress(sequence, new))
+    return progress
+
+  def _constrain(self, sequence, new):
+    """Goes on with a constraint by what was drawn; may end the sequence."""
+    completion = sequence.completion
+    if not completion.error:
+      try:
+        sequence.constraint.accept(new)
+      except errors.UserError as error:
+        completion.error = str(error)
+    if completion.error:
+      completion.finish_reason = request_lib.ERROR
+    elif sequence.constraint.done:
+      completion.finish_reason = request_lib.STOP
+
+  def _end(self, sequence, reason, new=()):
+    sequence.completion.finish_reason = reason
+    self._scheduler.remove(sequence)
+    live = self._live[sequence.request_number]
+    live.remove(sequence)
+    if not live:
+      del self._live[sequence.request_number]
+    return _progress(sequence, new)
+
+
+def _progress(sequence, new):
+  return request_lib.Progress(
+    sequence.request_number, sequence.sample, tuple(new), sequence.completion
+  )
+
+
+def _most(asked) -> int | None:
+  """How many of the likeliest a program tells, so that all get theirs."""
+  asked = [one for one in asked if one is not None]
+  return max(asked) and _round_up(max(asked)) if asked else None
+
+
+def _logprob(told: sampling.Logprobs, place, top: int) -> request_lib.Logprob:
+  ids, values = told.top_ids_BE[place][:top], told.top_BE[place][:top]
+  return request_lib.Logprob(
+    float(told.chosen_B[place]),
+    tuple(zip(ids.tolist(), values.tolist(), strict=True)),
+  )
+
+
+def _column(told):
+  """[R, ...] -> [R, 1, ...] on the host."""
+  return jax.tree.map(lambda a: np.asarray(a)[:, None], told)
+
+
+def _pack(planned, page_size: int):
+  """(programs.Packed, the sequences that will be read whole)."""
+  size = _round_up(sum(count for _, count in planned), _FEWEST_TOKENS)
+  ids, positions, segments, after, page, offset = np.zeros((6, size), np.int32)
+  pages: list[int] = []
+  slots: list[np.ndarray] = []
+  last, drawing, at = [], [], 0
+  for index, (one, count) in enumerate(planned):
+    span, begin = slice(at, at + count), one.cached
+    places = np.arange(begin, begin + count)
+    ids[span] = one.tokens[begin : begin + count]
+    following = one.tokens[begin + 1 : begin + count + 1]
+    after[at : at + len(following)] = following
+    positions[span], segments[span] = places, index + 1
+    page[span] = np.asarray(one.pages)[places // page_size]
+    offset[span] = places % page_size
+    before = one.pages[: -(-begin // page_size)]
+    pages += before
+    filled = np.arange(len(before) * page_size)
+    # Slots that are not filled yet are nobody's.
+    slots.append(np.stack([filled, np.where(filled < begin, index + 1, 0)]))
+    at += count
+    if count == one.unread:
+      last.append(at - 1)
+      drawing.append(one)
+  width = _round_up(len(pages), _FEWEST_PAGES, 4) if pages else 0
+  table = np.full(width, pages_lib.TRASH, np.int32)
+  table[: len(pages)] = pages
+  slot_positions, slot_segments = np.zeros((2, width * page_size), np.int32)
+  if pages:
+    found = np.concatenate(slots, axis=1)
+    slot_positions[: found.shape[1]], slot_segments[: found.shape[1]] = found
+  rows = _round_up(len(drawing), factor=4)
+  last_R, drawn_R = np.zeros((2, rows), np.int32)
+  last_R[: len(last)] = last
+  drawn_R[: len(drawing)] = [one.drawn for one in drawing]
+  return (
+    programs.Packed(
+      ids,
+      positions,
+      segments,
+      after,
+      page,
+      offset,
+      table,
+      slot_positions,
+      slot_segments,
+      last_R,
+      drawn_R,
+    ),
+    drawing,
+  )

@@ -1,0 +1,101 @@
+"""Weights in 8 or 4 bits, for decoding.
+
+Every matrix of the unrolled params becomes an int8.Quantized in its place;
+linear.matrix and the decoder take either. Norms stay as they are. Matrices that
+words look up or are scored by are 8 bits wide in "int4" too: at 4, they alone
+cost SmolLM2-135M five times what all others did.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llama_jax import errors
+from llama_jax.kernels import int8
+
+KINDS = ("int8", "int4")
+_MATRICES = ("kernel", "embedding")
+_WORDS = ("embed", "head")
+
+
+def _is_quantized(leaf) -> bool:
+  return isinstance(leaf, int8.Quantized)
+
+
+def quantize(
+  params: dict[str, Any], kind: str, knob: str = "--quantize"
+) -> dict[str, Any]:
+  """Params with every matrix in 8 bits a weight, or 4 ("int4").
+
+  In "int4" the embedding, the head, and matrices whose rows int8.GROUP does not
+  divide have 8.
+
+  Args:
+    params: unrolled (decoder.unstack), in any float dtype. Not to be cast after
+      this: scales are float32.
+    kind: one of KINDS.
+    knob: what an error message calls it.
+  """
+  if kind not in KINDS:
+    raise errors.ConfigError(
+      f"{knob}={kind!r} is not known; use one of {', '.join(KINDS)}."
+    )
+  if "layers" in params:
+    raise ValueError("Only unrolled params can be quantized: decoder.unstack.")
+
+  def one(path, leaf):
+    keys = [entry.key for entry in path]
+    if keys[-1] not in _MATRICES:
+      return leaf
+    if kind == "int8" or keys[0] in _WORDS or leaf.shape[1] % int8.GROUP:
+      return _eight(leaf)
+    return _four(leaf)
+
+  return jax.tree.map_with_path(one, params)
+
+
+_eight, _four = jax.jit(int8.quantize), jax.jit(int8.quantize4)
+
+
+def specs(params: dict[str, Any], unquantized) -> Any:
+  """PartitionSpecs of quantized params from those of the matrices they were.
+
+  A scale lies as its rows do; steps and lows as their groups do, whose number
+  the mesh must divide.
+  """
+
+  def one(leaf, spec):
+    if not _is_quantized(leaf):
+      return spec
+    rows = PartitionSpec(*spec[:1])
+    each = None if leaf.step_OG is None else spec
+    return int8.Quantized(spec, rows, each, each)
+
+  return jax.tree.map(one, params, unquantized, is_leaf=_is_quantized)
+
+
+@jax.jit
+def _off(weights_OI, quantized: int8.Quantized):
+  """The error's norm by that of the weights."""
+  weights_OI = weights_OI.astype(jnp.float32)
+  off_OI = int8.dequantize(quantized) - weights_OI
+  return jnp.linalg.norm(off_OI) / jnp.linalg.norm(weights_OI)
+
+
+def describe(before: dict[str, Any], after: dict[str, Any]) -> str:
+  """A line: bytes of the params before and after, and how far weights moved."""
+  off = {}
+
+  def one(path, leaf, was):
+    if _is_quantized(leaf):
+      off["/".join(entry.key for entry in path)] = float(_off(was, leaf))
+
+  jax.tree.map_with_path(one, after, before, is_leaf=_is_quantized)
+  sizes = [sum(x.nbytes for x in jax.tree.leaves(p)) for p in (before, after)]
+  mean, worst = sum(off.values()) / len(off), max(off, key=off.get)
+  return (
+    f"weights {sizes[0] / 1e6:,.1f} MB -> {sizes[1] / 1e6:,.1f} MB;"
+    f" a matrix moved by {mean:.2%} of its norm, {worst} by {off[worst]:.2%}"
+  )

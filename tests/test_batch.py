@@ -1,0 +1,244 @@
+"""Files of prompts: in order, whole, resumed, shared by real processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import llama_jax
+from llama_jax import batch, errors
+from llama_jax.decoding import engine as engine_lib
+from llama_jax.decoding import sampling
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = engine_lib.EngineConfig(
+  cache_tokens=2048, page_size=32, max_batch=8, chunk=64
+)
+
+
+@pytest.fixture(scope="module")
+def llama(nano):
+  return llama_jax.load(f"hf:{nano}")
+
+
+@pytest.fixture(scope="module")
+def prompts(python_source, tmp_path_factory):
+  """40 rows with fields of their own, one of them longer than the context."""
+  text = "".join(python_source)
+  rows = [
+    {"prompt": text[100 * i : 100 * i + 5 * i + 3], "id": f"row {i}", "é": i}
+    for i in range(40)
+  ]
+  rows[7]["prompt"] = text[:4000]
+  file = tmp_path_factory.mktemp("prompts") / "in.jsonl"
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return file
+
+
+def settings(**rest):
+  return batch.Settings(
+    **{
+      "samples": 2,
+      "sampling": sampling.SamplingConfig(temperature=0.8, seed=5),
+      "max_new_tokens": 12,
+      "min_new_tokens": 0,
+      "logprobs": None,
+      "stop": (),
+      "json_schema": "",
+      "regex": "",
+      **rest,
+    }
+  )
+
+
+def run(llama, source, target, **rest):
+  rows, asked = batch.read(source), settings(**rest)
+  output = batch.Output(target, len(rows), batch.identity(rows, asked))
+  if output.begin():
+    batch.run(llama, rows, output, asked, CONFIG)
+  return [json.loads(line) for line in target.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def answered(llama, prompts, tmp_path_factory):
+  return run(llama, prompts, tmp_path_factory.mktemp("out") / "out.jsonl")
+
+
+def test_rows_in_order_with_their_fields(llama, prompts, answered):
+  rows = batch.read(prompts)
+  assert len(answered) == 40
+  for index, (row, found) in enumerate(zip(rows, answered, strict=True)):
+    found = dict(found)
+    completions = found.pop("completions")
+    if index == 7:
+      assert "context" in found.pop("error") and completions == []
+    assert found == row
+    for one in completions:
+      ends = set(llama.tokenizer.stop_ids)
+      kept = [token for token in one["tokens"] if token not in ends]
+      assert one["text"] == llama.tokenizer.decode(kept)
+      assert one["finish_reason"] in ("stop", "length")
+  texts = [
+    one["text"] for row in answered for one in row.get("completions", [])
+  ]
+  assert len(set(texts)) > 20
+
+
+def test_each_row_as_if_it_were_alone(llama, prompts, tmp_path, answered):
+  """The seed goes by the row's place, not by who shares its batch."""
+  rows = batch.read(prompts)
+  source = tmp_path / "in.jsonl"
+  # Row 3 keeps its place; what stands before it is another text.
+  short = [{"prompt": "x"}] * 3 + [rows[3]]
+  source.write_text("".join(json.dumps(row) + "\n" for row in short))
+  alone = run(llama, source, tmp_path / "out.jsonl")[3]
+  assert alone["completions"] == answered[3]["completions"]
+
+
+def test_stop_strings_and_log_probabilities(llama, prompts, tmp_path):
+  found = run(
+    llama,
+    prompts,
+    tmp_path / "out.jsonl",
+    stop=("e", "\n"),
+    logprobs=2,
+    samples=1,
+    max_new_tokens=40,
+  )
+  reasons = set()
+  for row in found:
+    for one in row["completions"]:
+      assert "e" not in one["text"] and "\n" not in one["text"]
+      assert len(one["logprobs"]) == len(one["tokens"])
+      assert all(len(top) == 2 for top in one["top_logprobs"])
+      reasons.add(one["finish_reason"])
+  assert "stop" in reasons
+
+
+def test_answers_that_must_match(llama, prompts, tmp_path):
+  found = run(
+    llama, prompts, tmp_path / "out.jsonl", regex="(yes|no), [0-9]{2}"
+  )
+  texts = {one["text"] for row in found for one in row["completions"]}
+  assert len(texts) > 5
+  for text in texts:
+    head, tail = text.split(", ")
+    assert head in ("yes", "no") and len(tail) == 2 and tail.isdigit()
+
+
+def command(nano, prompts, target):
+  return [
+    sys.executable,
+    "-m",
+    "llama_jax.generate",
+    f"--ckpt=hf:{nano}",
+    f"--prompts={prompts}",
+    f"--out={target}",
+    *["--n=2", "--temperature=0.8", "--seed=5", "--max_new_tokens=12"],
+    *["--cache_tokens=2048", "--max_batch=4"],
+  ]
+
+
+def test_killed_resumed_and_shared(nano, prompts, tmp_path, answered):
+  """One process is killed midway; then two finish what it left, together."""
+  target = tmp_path / "out.jsonl"
+  parts = tmp_path / "out.jsonl.parts"
+
+  def lines():
+    return [line for f in parts.glob("*.jsonl") for line in f.open()]
+
+  def start():
+    return subprocess.Popen(
+      command(nano, prompts, target),
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  first = start()
+  while len(lines()) < 5:
+    assert first.poll() is None, first.stdout.read()
+    time.sleep(0.05)
+  os.kill(first.pid, signal.SIGKILL)
+  first.wait()
+  first.stdout.close()
+  before = {line for line in lines() if line.endswith("\n")}
+  assert 5 <= len(before) < 40
+  assert not target.exists()
+  both = [start(), start()]
+  said = [one.communicate(timeout=300)[0] for one in both]
+  assert [one.returncode for one in both] == [0, 0], said
+  done = [
+    int(word.rpartition("\n")[2].split()[0])
+    for out in said
+    for word in out.split(" rows done")[:-1]
+  ]
+  # What was done was not done again, and nothing twice.
+  assert sum(done) == 40 - len(before), said
+  assert not parts.exists()
+  found = [json.loads(line) for line in target.read_text().splitlines()]
+  assert found == answered
+
+
+def test_parts_of_another_run_are_not_gone_on_with(llama, prompts, tmp_path):
+  rows = batch.read(prompts)
+  target = tmp_path / "out.jsonl"
+
+  def begin(**rest):
+    asked = batch.identity(rows, settings(), ckpt="a", **rest)
+    return batch.Output(target, len(rows), asked | rest).begin()
+
+  assert begin()
+  assert begin()
+  with pytest.raises(errors.UserError, match="other max_new_tokens; give"):
+    begin(max_new_tokens=13)
+  target.write_text("")
+  assert not begin()
+
+
+def test_a_line_that_was_cut_is_done_again(tmp_path):
+  path = tmp_path / "00000.jsonl"
+  path.write_bytes(b'[0, {}]\n[2, {}]\n[1, {"comp')
+  block = batch.Block(path, range(4))
+  assert block.hold()
+  assert block.missing == {1, 3}
+  # Nobody else gets it meanwhile.
+  assert not batch.Block(path, range(4)).hold()
+  block.add(3, {})
+  block.add(1, {})
+  assert not batch.Block(path, range(4)).hold()
+  rows = [json.loads(line)[0] for line in path.open()]
+  assert rows == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize(
+  "line, said",
+  [
+    ("{", "line 2 is not JSON"),
+    ("[]", "not a JSON object"),
+    ("{}", "either `prompt` or `messages`"),
+    ('{"prompt": "a", "messages": []}', "either `prompt` or `messages`"),
+    ('{"prompt": 3}', "`prompt` must be a text"),
+  ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+  file = tmp_path / "in.jsonl"
+  file.write_text('{"prompt": "a"}\n' + line + "\n")
+  with pytest.raises(errors.BadFileError, match=said) as caught:
+    batch.read(file)
+  assert f"{file}, line 2" in str(caught.value)
+
+
+def test_no_rows_and_no_file(tmp_path):
+  file = tmp_path / "in.jsonl"
+  for content in (None, "", "\n"):
+    if content is not None:
+      file.write_text(content)
+    with pytest.raises(errors.BadFileError, match=r"--prompts=.*in\.jsonl"):
+      batch.read(file)
