@@ -33,15 +33,21 @@ def main(argv) -> None:
   from llama_jax.data import sources
 
   texts = sources.documents(_TEXT.value, knob="--text")
-  llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
+  llama = llama_lib.load(
+    _CKPT.value, dtype=_DTYPE.value, quantize=_QUANTIZE.value, knob="--ckpt"
+  )
+  decoder, params = llama.decoder, llama.params
+  if _QUANTIZE.value:
+    decoder, params = llama.unrolled
+    print(llama.describe_quantized())
   tokenizer = llama.need_tokenizer()
   bos = tokenizer.add_bos if _BOS.value is None else _BOS.value
   settings = {"window": _WINDOW.value, "stride": _STRIDE.value, "bos": bos}
   result = {"ckpt": _CKPT.value, "tasks": _TASKS.value, "text": _TEXT.value}
-  result |= settings | {"dtype": _DTYPE.value}
+  result |= settings | {"dtype": _DTYPE.value, "quantize": _QUANTIZE.value}
   for task in _TASKS.value:
     for name, value in evals.EVALS[task](
-      llama.decoder, llama.params, texts, tokenizer, **settings
+      decoder, params, texts, tokenizer, **settings
     ):
       result[name] = value
       if name != "documents":
@@ -69,5 +75,8 @@ if __name__ == "__main__":
   _OUT = flags.DEFINE_string("out", None, "JSON file to write.")
   _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Compute dtype."
+  )
+  _QUANTIZE = flags.DEFINE_enum(
+    "quantize", "", ["", "int8", "int4"], "Weights as they decode."
   )
   shell.run(main)

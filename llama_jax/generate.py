@@ -16,6 +16,7 @@ it was stopped, and several processes share one file.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -69,10 +70,20 @@ def _read(path: str | None) -> str:
     raise errors.BadFileError(f"--json_schema={path}: {error}.") from error
 
 
+def _load():
+  from llama_jax import llama as llama_lib
+
+  llama = llama_lib.load(
+    _CKPT.value, dtype=_DTYPE.value, quantize=_QUANTIZE.value, knob="--ckpt"
+  )
+  if _QUANTIZE.value:
+    print(llama.describe_quantized(), file=sys.stderr)
+  return llama
+
+
 def answer_file(sampling_config) -> None:
   """--prompts: what is refused is refused before any weights load."""
   from llama_jax import batch
-  from llama_jax import llama as llama_lib
   from llama_jax.decoding import engine as engine_lib
 
   rows = batch.read(pathlib.Path(_PROMPTS.value))
@@ -89,7 +100,13 @@ def answer_file(sampling_config) -> None:
   output = batch.Output(
     pathlib.Path(_OUT.value),
     len(rows),
-    batch.identity(rows, settings, ckpt=_CKPT.value, dtype=_DTYPE.value),
+    batch.identity(
+      rows,
+      settings,
+      ckpt=_CKPT.value,
+      dtype=_DTYPE.value,
+      quantize=_QUANTIZE.value,
+    ),
   )
   if not output.begin():
     print(f"{_OUT.value} is there already: nothing to do.")
@@ -97,7 +114,7 @@ def answer_file(sampling_config) -> None:
   config = engine_lib.EngineConfig(
     cache_tokens=_CACHE_TOKENS.value, max_batch=_MAX_BATCH.value
   )
-  llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
+  llama = _load()
   print(batch.run(llama, rows, output, settings, config))
 
 
@@ -110,7 +127,6 @@ def main(argv) -> None:
     )
   if (_PROMPTS.value is None) != (_OUT.value is None):
     raise errors.UserError("--prompts=FILE and --out=FILE belong together.")
-  from llama_jax import llama as llama_lib
   from llama_jax.decoding import sampling
   from llama_jax.text import stream
 
@@ -138,7 +154,7 @@ def main(argv) -> None:
     "sampling_config": sampling_config,
     "stop": _STOP.value,
   }
-  llama = llama_lib.load(_CKPT.value, dtype=_DTYPE.value, knob="--ckpt")
+  llama = _load()
   if _CHAT.value:
     terminal.chat(llama, settings, _SYSTEM.value)
   elif _INFILL.value is not None:
@@ -197,5 +213,8 @@ if __name__ == "__main__":
   )
   _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Compute dtype."
+  )
+  _QUANTIZE = flags.DEFINE_enum(
+    "quantize", "", ["", "int8", "int4"], "Weights in so many bits."
   )
   shell.run(main)

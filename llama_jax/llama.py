@@ -12,6 +12,7 @@ import numpy as np
 from llama_jax import checkpoint, errors
 from llama_jax.decoding import loop, sampling
 from llama_jax.model import decoder as decoder_lib
+from llama_jax.model import quantize as quantize_lib
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
@@ -28,12 +29,15 @@ class Llama:
     params: nested dict of arrays, layers stacked (checkpoint/names.py).
     tokenizer: a text.Tokenizer, or None where the checkpoint has none.
     dtype: compute dtype, "float32" or "bfloat16".
+    quantize: of the weights that decode, a key of model.quantize.KINDS; empty
+      for none.
   """
 
   config: Any
   params: dict[str, Any]
   tokenizer: Any
   dtype: str = "float32"
+  quantize: str = ""
 
   @property
   def decoder(self) -> decoder_lib.Decoder:
@@ -42,12 +46,21 @@ class Llama:
 
   @functools.cached_property
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
-    """For decoding: a decoder and its own copy of the params, in dtype."""
+    """For decoding: a decoder and its own copy of the params, in dtype or
+    quantized."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
-    return decoder, jax.tree.map(
+    params = jax.tree.map(
       lambda leaf: jnp.asarray(leaf, self.dtype),
       decoder_lib.unstack(self.params),
     )
+    if self.quantize:
+      params = quantize_lib.quantize(params, self.quantize)
+    return decoder, params
+
+  def describe_quantized(self) -> str:
+    """A line on what quantizing saved and cost; see model.quantize."""
+    before = decoder_lib.unstack(self.params)
+    return f"{self.quantize}: {quantize_lib.describe(before, self.unrolled[1])}"
 
   def logits(self, ids, positions=None, segment_ids=None) -> jax.Array:
     """Float32 logits [B, T, vocab] of int ids [B, T].
@@ -179,12 +192,19 @@ class Llama:
     return self.tokenizer
 
 
-def load(reference: str, *, dtype: str = "float32", knob="reference") -> Llama:
+def load(
+  reference: str,
+  *,
+  dtype: str = "float32",
+  quantize: str = "",
+  knob="reference",
+) -> Llama:
   """Loads orbax:DIR, hf:DIR or gguf:FILE onto the first device.
 
   Args:
     reference: scheme:path.
     dtype: compute dtype; params keep the dtype they are stored in.
+    quantize: "int8" or "int4" weights for decoding; see Llama.
     knob: what an error message calls the reference.
 
   Raises:
@@ -195,4 +215,4 @@ def load(reference: str, *, dtype: str = "float32", knob="reference") -> Llama:
     lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
     params,
   )
-  return Llama(config, params, tokenizer, dtype)
+  return Llama(config, params, tokenizer, dtype, quantize)

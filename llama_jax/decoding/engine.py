@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax import errors, kernels
 from llama_jax.decoding import pages as pages_lib
-from llama_jax.decoding import programs, sampling, speculation
+from llama_jax.decoding import placement, programs, sampling, speculation
 from llama_jax.decoding import request as request_lib
 from llama_jax.decoding import scheduler as scheduler_lib
 from llama_jax.kernels import paged
@@ -87,7 +87,7 @@ def _page_count(config: EngineConfig) -> int:
 
 # Sizes of arrays are rounded up to few, since each is a program to compile:
 # what costs time in proportion to powers of two, what does not to powers of
-# four.
+# four, and slots, over which all tokens look, to 4, 6, 8, 12, 16, 24 ... pages.
 _FEWEST_PAGES, _FEWEST_TOKENS = 4, 32
 
 
@@ -96,6 +96,13 @@ def _round_up(size: int, least: int = 1, factor: int = 2) -> int:
   while least < size:
     least *= factor
   return least
+
+
+def _width(pages: int) -> int:
+  """Pages of a table that holds so many."""
+  wide = _round_up(pages, _FEWEST_PAGES)
+  between = wide * 3 // 4
+  return between if _FEWEST_PAGES < between >= pages else wide
 
 
 # Tokens that a copy of the rows' pages has room for before it is made anew.
@@ -118,7 +125,7 @@ def _filled(sequences, size: int):
 
 def _table(rows) -> np.ndarray:
   """Each row's pages, int32 [B, X], page 0 after them."""
-  width = _round_up(max(len(one.pages) for one in rows), _FEWEST_PAGES)
+  width = _width(max(len(one.pages) for one in rows))
   table_BX = np.full((len(rows), width), pages_lib.TRASH, np.int32)
   for row, one in zip(table_BX, rows, strict=True):
     row[: len(one.pages)] = one.pages
@@ -165,7 +172,7 @@ class Engine:
     decoder: with scan=False.
     params: unstacked (decoder.unstack).
     config: how much at once.
-    mesh: that the params lie on, or None for one device.
+    mesh: that the params lie on (placement.place), or None for one device.
     draft: decoder and params of a smaller model of the same vocabulary.
   """
 
@@ -211,7 +218,7 @@ class Engine:
     dtype = config.cache_dtype or decoder.dtype
     heads, head_dim = model.num_kv_heads, model.head_dim
     kernel = paged.resolve(
-      config.attention,
+      placement.kernel(config.attention, self._mesh),
       kernels.platform(),
       dtype=dtype,
       num_heads=model.num_heads,
@@ -220,10 +227,14 @@ class Engine:
       page_size=config.page_size,
     )
     count, size = self._pages.count + 1, config.page_size
-    return tuple(
-      paged.empty(kernel, count, size, heads, head_dim, dtype)
-      for _ in range(model.num_layers)
+    make = jax.jit(
+      lambda: tuple(
+        paged.empty(kernel, count, size, heads, head_dim, dtype)
+        for _ in range(model.num_layers)
+      ),
+      out_shardings=placement.pool_sharding(kernel, self._mesh),
     )
+    return make()
 
   @property
   def busy(self) -> bool:

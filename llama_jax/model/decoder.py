@@ -158,10 +158,14 @@ class Decoder(nn.Module):
   def _head(self) -> jax.Array:
     return self.embed() if self.config.tied_embeddings else self.head()
 
+  @property
+  def _head_rows(self) -> bool:
+    """Whether the head lies as [V, D]."""
+    return self.config.tied_embeddings or not self.scan
+
   def logits(self, x_BTD) -> jax.Array:
     """Float32 logits [B, T, V] of hidden states."""
-    rows = self.config.tied_embeddings or not self.scan
-    return cross_entropy.project(x_BTD, self._head(), tied=rows)
+    return cross_entropy.project(x_BTD, self._head(), tied=self._head_rows)
 
   def __call__(self, ids_BT, positions_BT, segments_BT, cache=None):
     """Logits float32 [B, T, V] and the cache (None where none was given).
@@ -191,7 +195,7 @@ class Decoder(nn.Module):
       self._head(),
       targets_BT,
       weights_BT,
-      self.config.tied_embeddings,
+      self._head_rows,
       z_loss,
     )
 
@@ -199,7 +203,7 @@ class Decoder(nn.Module):
     """Each target's negative log-likelihood in nats, float32 [B, T]."""
     x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
     return cross_entropy.token_nll(
-      x_BTD, self._head(), targets_BT, tied=self.config.tied_embeddings
+      x_BTD, self._head(), targets_BT, tied=self._head_rows
     )
 
 

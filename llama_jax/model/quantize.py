@@ -2,8 +2,8 @@
 
 Every matrix of the unrolled params becomes an int8.Quantized in its place;
 linear.matrix and the decoder take either. Norms stay as they are. Matrices that
-words look up or are scored by are 8 bits wide in "int4" too: at 4, they alone
-cost SmolLM2-135M five times what all others did.
+words look up or are scored by are 8 bits wide in "int4" too: at 4, the tied one
+of SmolLM2-135M cost 0.08 nats a token.
 """
 
 from typing import Any

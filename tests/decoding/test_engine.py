@@ -6,10 +6,11 @@ import pytest
 
 from llama_jax import errors
 from llama_jax.decoding import engine as engine_lib
+from llama_jax.decoding import placement, sampling
 from llama_jax.decoding import request as request_lib
-from llama_jax.decoding import sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.parallel import mesh as mesh_lib
 
 NANO = sizes.get("nano")
 DECODER = decoder_lib.Decoder(NANO, scan=False)
@@ -276,3 +277,25 @@ def test_the_pool_is_what_was_planned(params):
   assert held() == planned
   engine.run([ask(prompt, 20) for prompt in prompts(12)])
   assert held() == planned
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 2), (2, 2, 1)], ids=str)
+def test_sharded_equals_one_device(params, shape, alone):
+  """Weights, heads and rows split; one prompt is longer than a chunk."""
+  sizes_ = dict(zip(mesh_lib.AXES, shape, strict=True))
+  mesh = mesh_lib.make(mesh_lib.ParallelConfig(**sizes_), jax.devices()[:4])
+  engine = engine_lib.Engine(
+    DECODER,
+    placement.place(DECODER, params, mesh),
+    engine_lib.EngineConfig(**SMALL),
+    mesh=mesh,
+  )
+  asked = [
+    ask(prompt, 9, samples=n)
+    for prompt, n in zip(prompts(3), (1, 2, 1), strict=True)
+  ]
+  (key,) = {leaf.sharding for leaf in jax.tree.leaves(engine._pools)}
+  assert key.spec[1] == "tensor"
+  for request, found in zip(asked, engine.run(asked), strict=True):
+    want = alone(request)
+    assert [a.tokens for a in found] == [a.tokens for a in want]
