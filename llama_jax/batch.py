@@ -27,7 +27,7 @@ from llama_jax.checkpoint import atomic
 from llama_jax.decoding import engine as engine_lib
 from llama_jax.decoding import request as request_lib
 from llama_jax.decoding import sampling as sampling_lib
-from llama_jax.text import constraint
+from llama_jax.text import constraint, stream
 
 # Rows of a block at least, and blocks of a file at most.
 _BLOCK, _BLOCKS = 16, 1000
@@ -53,6 +53,25 @@ class Settings:
   stop: tuple[str, ...]
   json_schema: str
   regex: str
+
+  def __post_init__(self):
+    def check(right, name, allowed):
+      if not right:
+        raise errors.UserError(
+          f"--{name}={getattr(self, name, self.samples)} must be {allowed}."
+        )
+
+    check(self.samples >= 1, "n", "1 or more")
+    check(self.max_new_tokens >= 1, "max_new_tokens", "1 or more")
+    check(
+      0 <= self.min_new_tokens <= self.max_new_tokens,
+      "min_new_tokens",
+      f"from 0 to --max_new_tokens={self.max_new_tokens}",
+    )
+    check(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
+    if self.json_schema and self.regex:
+      raise errors.UserError("give either --json_schema or --regex.")
+    stream.check_stop_strings(self.stop)
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -105,32 +124,40 @@ class Output:
     self._identity = identity
     self._size = max(_BLOCK, -(-rows // _BLOCKS))
 
-  def begin(self) -> bool:
-    """Makes the folder, or checks the one that is there; False: all is done.
+  @property
+  def whole(self) -> bool:
+    """Whether the file is there already."""
+    return self._target.exists()
 
-    Raises UserError where its parts were made otherwise.
-    """
-    if self._target.exists():
-      return False
+  def check(self) -> None:
+    """Raises UserError where parts are there that were made otherwise."""
     note = self._parts / "settings.json"
     try:
-      self._parts.mkdir(parents=True, exist_ok=True)
-      if not note.exists():
-        atomic.write_text(note, json.dumps(self._identity, indent=2))
       found = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      return
     except (OSError, ValueError) as error:
       raise errors.UserError(f"--out={self._target}: {error}.") from error
+    asked = json.loads(json.dumps(self._identity))
     differing = sorted(
-      name
-      for name in {*found, *self._identity}
-      if found.get(name) != json.loads(json.dumps(self._identity)).get(name)
+      name for name in {*found, *asked} if found.get(name) != asked.get(name)
     )
     if differing:
       raise errors.UserError(
         f"{self._parts} was begun with other {', '.join(differing)}; give the"
         " same to go on, name another --out, or remove that folder."
       )
-    return True
+
+  def begin(self) -> None:
+    """Makes the folder of the parts, unless it is there; checks it too."""
+    note = self._parts / "settings.json"
+    try:
+      self._parts.mkdir(parents=True, exist_ok=True)
+      if not note.exists():
+        atomic.write_text(note, json.dumps(self._identity, indent=2))
+    except OSError as error:
+      raise errors.UserError(f"--out={self._target}: {error}.") from error
+    self.check()
 
   def blocks(self) -> Iterator["Block"]:
     """Those that nobody works on and that are not whole, now held."""
@@ -238,6 +265,7 @@ def answer(
   rows: list[dict[str, Any]],
   output: Output,
   settings: Settings,
+  bound: request_lib.Constraint | None,
   ahead: int,
 ) -> Iterator[tuple[int, int]]:
   """Answers what is left of the rows; yields (rows, tokens) as they are done.
@@ -247,16 +275,9 @@ def answer(
   Args:
     llama: for its templates and tokenizer.
     engine: of the same.
+    bound: what an answer must be; see bind.
     ahead: rows to have in the engine at once.
   """
-  bound = None
-  if settings.json_schema or settings.regex:
-    bound = constraint.compile(
-      llama.need_tokenizer(),
-      json_schema=settings.json_schema or None,
-      regex=settings.regex or None,
-      vocab_size=llama.config.vocab_size,
-    )
   blocks = output.blocks()
   todo: collections.deque[tuple[Block, int]] = collections.deque()
   asked: dict[int, tuple[Block, int, list[completion.Answer | None]]] = {}
@@ -290,18 +311,39 @@ def answer(
         yield 1, sum(len(one.tokens) for one in answers)
 
 
+def bind(llama, settings: Settings) -> request_lib.Constraint | None:
+  """What every answer must be; raises UserError for what cannot be kept."""
+  if not settings.json_schema and not settings.regex:
+    return None
+  return constraint.compile(
+    llama.need_tokenizer(),
+    json_schema=settings.json_schema or None,
+    regex=settings.regex or None,
+    vocab_size=llama.config.vocab_size,
+  )
+
+
 def run(
   llama,
   rows: list[dict[str, Any]],
   output: Output,
   settings: Settings,
   config: engine_lib.EngineConfig,
+  draft=None,
 ) -> str:
-  """Answers what is left of a file with a bar; a line on how it ended."""
-  decoder, params = llama.unrolled
+  """Answers what is left of a file with a bar; a line on how it ended.
+
+  llama, draft: a llama.Llama each.
+  """
+  bound = bind(llama, settings)
   engine = completion.TextEngine(
-    llama.need_tokenizer(), engine_lib.Engine(decoder, params, config)
+    llama.need_tokenizer(),
+    engine_lib.Engine(
+      *llama.unrolled, config, draft=draft.unrolled if draft else None
+    ),
   )
+  # Not before all that can be refused is.
+  output.begin()
   tokens = mine = 0
   began = time.monotonic()
   bar = tqdm.tqdm(
@@ -313,7 +355,7 @@ def run(
   )
   with bar:
     for more, new in answer(
-      llama, engine, rows, output, settings, 2 * config.max_batch
+      llama, engine, rows, output, settings, bound, 2 * config.max_batch
     ):
       mine += more
       tokens += new

@@ -4,9 +4,11 @@
   python -m llama_jax.generate --ckpt=REF --chat [--system=TEXT]
   python -m llama_jax.generate --ckpt=REF --infill=FILE [--hole="<FILL>"]
   python -m llama_jax.generate --ckpt=REF --prompts=FILE.jsonl
-    --out=FILE.jsonl [--n=1] [--logprobs=K] [--max_batch --cache_tokens]
+    --out=FILE.jsonl [--n=1] [--logprobs=K] [--json_schema=FILE | --regex=RE]
+    [--max_batch --cache_tokens] [--guesses=G [--draft=REF]]
     [--temperature --top_p --top_k --min_p --max_new_tokens --seed --stop=TEXT
-     --repetition_penalty --presence_penalty --frequency_penalty ...]
+     --repetition_penalty --presence_penalty --frequency_penalty]
+  and for all of them [--quantize=int8|int4] [--dtype=bfloat16]
 
 The text streams as it is decoded. In a chat, Ctrl-C stops an answer and /help
 shows the commands. Infilling prints the whole file, and takes a model trained
@@ -84,6 +86,7 @@ def _load():
 def answer_file(sampling_config) -> None:
   """--prompts: what is refused is refused before any weights load."""
   from llama_jax import batch
+  from llama_jax import llama as llama_lib
   from llama_jax.decoding import engine as engine_lib
 
   rows = batch.read(pathlib.Path(_PROMPTS.value))
@@ -108,14 +111,19 @@ def answer_file(sampling_config) -> None:
       quantize=_QUANTIZE.value,
     ),
   )
-  if not output.begin():
+  if output.whole:
     print(f"{_OUT.value} is there already: nothing to do.")
     return
+  output.check()
   config = engine_lib.EngineConfig(
-    cache_tokens=_CACHE_TOKENS.value, max_batch=_MAX_BATCH.value
+    cache_tokens=_CACHE_TOKENS.value,
+    max_batch=_MAX_BATCH.value,
+    guesses=_GUESSES.value or (4 if _DRAFT.value else 0),
   )
-  llama = _load()
-  print(batch.run(llama, rows, output, settings, config))
+  llama, draft = _load(), None
+  if _DRAFT.value:
+    draft = llama_lib.load(_DRAFT.value, dtype=_DTYPE.value, knob="--draft")
+  print(batch.run(llama, rows, output, settings, config, draft))
 
 
 def main(argv) -> None:
@@ -188,6 +196,12 @@ if __name__ == "__main__":
   )
   _CACHE_TOKENS = flags.DEFINE_integer(
     "cache_tokens", 16384, "Tokens whose keys and values there is room for."
+  )
+  _GUESSES = flags.DEFINE_integer(
+    "guesses", 0, "Tokens guessed a forward; answers stay as they are."
+  )
+  _DRAFT = flags.DEFINE_string(
+    "draft", None, "A smaller model that guesses; without it text is looked up."
   )
   _MAX_BATCH = flags.DEFINE_integer("max_batch", 32, "Answers at once.")
   _JSON_SCHEMA = flags.DEFINE_string(

@@ -59,8 +59,7 @@ def settings(**rest):
 def run(llama, source, target, **rest):
   rows, asked = batch.read(source), settings(**rest)
   output = batch.Output(target, len(rows), batch.identity(rows, asked))
-  if output.begin():
-    batch.run(llama, rows, output, asked, CONFIG)
+  batch.run(llama, rows, output, asked, CONFIG)
   return [json.loads(line) for line in target.read_text().splitlines()]
 
 
@@ -186,20 +185,48 @@ def test_killed_resumed_and_shared(nano, prompts, tmp_path, answered):
   assert found == answered
 
 
-def test_parts_of_another_run_are_not_gone_on_with(llama, prompts, tmp_path):
+def test_parts_of_another_run_are_not_gone_on_with(prompts, tmp_path):
   rows = batch.read(prompts)
   target = tmp_path / "out.jsonl"
 
-  def begin(**rest):
-    asked = batch.identity(rows, settings(), ckpt="a", **rest)
-    return batch.Output(target, len(rows), asked | rest).begin()
+  def output(**rest):
+    asked = batch.identity(rows, settings(), ckpt="a")
+    return batch.Output(target, len(rows), asked | rest)
 
-  assert begin()
-  assert begin()
+  output().check()
+  output().begin()
+  output().begin()
   with pytest.raises(errors.UserError, match="other max_new_tokens; give"):
-    begin(max_new_tokens=13)
+    output(max_new_tokens=13).check()
+  with pytest.raises(errors.UserError, match="other ckpt; give"):
+    output(ckpt="b").begin()
+  assert not output().whole
   target.write_text("")
-  assert not begin()
+  assert output().whole
+
+
+def test_what_is_refused_leaves_nothing(llama, prompts, tmp_path):
+  target = tmp_path / "out.jsonl"
+  with pytest.raises(errors.UserError, match="regex"):
+    run(llama, prompts, target, regex="(")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "given, said",
+  [
+    ({"samples": 0}, "--n=0"),
+    ({"max_new_tokens": 0}, "--max_new_tokens=0"),
+    ({"min_new_tokens": 13}, "--min_new_tokens=13"),
+    ({"logprobs": -1}, "--logprobs=-1"),
+    ({"stop": ("",)}, "stop"),
+    ({"json_schema": "{}", "regex": "a"}, "either"),
+  ],
+  ids=str,
+)
+def test_refused_settings(given, said):
+  with pytest.raises(errors.UserError, match=said):
+    settings(**given)
 
 
 def test_a_line_that_was_cut_is_done_again(tmp_path):

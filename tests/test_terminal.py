@@ -146,7 +146,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
   here.wait_for("[stopped]")
   here.wait_for("you> ")
   here.say("two", "<3|slow one|TWO>")
-  here.send("half a line\x03")
+  # Once it is shown the program waits for the next key, and not before: a
+  # signal just ahead of that wait would be seen with the next key only.
+  here.send("half a line")
+  here.wait_for("half a line")
+  here.send("\x03")
   here.wait_for("you> ")
   here.say("three", "<5|slow one|THREE>")
   here.send("/exit\r")

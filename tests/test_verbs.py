@@ -110,8 +110,8 @@ def test_generate_refuses(run_verbs, model):
       generate("--prompt=def", "--max_new_tokens=1000"),
       ("--max_new_tokens=1000", "context of 256", "or less"),
     ),
-    "neither": (generate(), ("--prompt=TEXT or --chat",)),
-    "both": (generate("--prompt=x", "--chat"), ("--prompt=TEXT or --chat",)),
+    "neither": (generate(), ("--prompt=TEXT, --chat",)),
+    "both": (generate("--prompt=x", "--chat"), ("--prompt=TEXT, --chat",)),
     "top_p": (generate("--prompt=x", "--top_p=2"), ("--top_p=2",)),
     "temperature": (
       generate("--prompt=x", "--temperature=-1"),

@@ -31,7 +31,8 @@ class EngineConfig:
 
   Attributes:
     cache_tokens: tokens whose keys and values there is room for; rounded up to
-      whole pages.
+      whole pages. Where no kernel reads pages in place, as much again for a
+      copy of the rows that run, each as long as the longest.
     page_size: tokens of a page.
     max_batch: sequences that run at once.
     chunk: tokens that are read in a step, beside those that are drawn.
@@ -74,8 +75,13 @@ class EngineConfig:
 
 
 def cache_bytes(config: EngineConfig, model, dtype: str) -> int:
-  """Bytes of the pool for a model.config.LlamaConfig in a compute dtype."""
+  """The most bytes that keys and values take, page 0 and copies with them.
+
+  model: a model.config.LlamaConfig; dtype: the compute dtype.
+  """
   slots = (_page_count(config) + 1) * config.page_size
+  if config.attention in (paged.AUTO, "gather"):
+    slots += _page_count(config) * config.page_size
   numbers = 2 * model.num_layers * model.num_kv_heads * model.head_dim
   itemsize = jax.numpy.dtype(config.cache_dtype or dtype).itemsize
   return slots * numbers * itemsize
@@ -141,13 +147,20 @@ def _history(rows, count: int) -> np.ndarray:
   return tokens_BS
 
 
+def _copied_slots(rows, page_size: int, room: int) -> int:
+  """Slots of a copy of so many rows' pages, padded to whole programs."""
+  width = _width(max(len(one.pages) for one in rows)) * page_size
+  return _round_up(len(rows)) * (width + -(-room // page_size) * page_size)
+
+
 @dataclasses.dataclass
 class _Copied:
   """What decoding goes on with where pages are not read in place.
 
   Attributes:
     rows: whose pages the cache is a copy of, with all that was drawn since.
-    caches: of the model and of the draft; None where pages are read in place.
+    caches: of the model and of the draft; None where pages are read in place,
+      by a kernel, or copied layer by layer and token by token.
     room: tokens a row that it can still take.
   """
 
@@ -198,13 +211,16 @@ class Engine:
     if draft and not config.guesses:
       raise errors.UserError("A draft needs decoding.guesses=1 or more.")
     self._pages = pages_lib.Pages(_page_count(config), config.page_size)
+    # Whole rounds of guesses, each with the draw after the last.
+    together = config.guesses + 1
+    count = -(-config.tokens_per_call // together) * together
+    self._room = max(_ROOM, count)
     self._scheduler = scheduler_lib.Scheduler(
       self._pages,
       max_batch=config.max_batch,
       chunk=config.chunk,
-      # Whole rounds of guesses, each with the draw after the last.
-      tokens_per_call=-(-config.tokens_per_call // (config.guesses + 1))
-      * (config.guesses + 1),
+      tokens_per_call=count,
+      fits=self._fits,
     )
     self._pools = tuple(self._make_pools(one) for one in self._decoders)
     self._copied = _Copied([], (), 0)
@@ -385,6 +401,14 @@ class Engine:
           one.completion.error = str(error)
     return allowed
 
+  def _most(self, asked) -> int | None:
+    """How many of the likeliest a program tells, so that all get theirs."""
+    asked = [one for one in asked if one is not None]
+    if not asked:
+      return None
+    most = _round_up(max(asked)) if max(asked) else 0
+    return min(most, self._decoder.config.vocab_size)
+
   def _read(self, planned):
     packed, drawing = _pack(planned, self._config.page_size)
     rows = _filled(drawing, len(packed.last_R))
@@ -400,8 +424,8 @@ class Engine:
         allowed,
         decoder=decoder,
         features=features,
-        top=_most(one.request.logprobs for one in drawing),
-        scored=_most(one.request.prompt_logprobs for one, _ in planned),
+        top=self._most(one.request.logprobs for one in drawing),
+        scored=self._most(one.request.prompt_logprobs for one, _ in planned),
       )
       for params, pools, decoder in zip(
         self._params, self._pools, self._decoders, strict=True
@@ -429,15 +453,13 @@ class Engine:
 
   def _draw(self, sequences, count: int):
     # Where a constraint looks at each token there is one a call.
-    speculates = self._config.guesses and all(
-      one.constraint is None for one in sequences
-    )
+    speculates = self._config.guesses > 0 and count > 1
     rows = self._copied.keep(sequences, count)
     if rows is None:
       rows = _filled(sequences, _round_up(len(sequences)))
-      self._copied = self._copy(rows, max(_ROOM, count))
+      self._copied = self._copy(rows)
     knobs, features, seen = self._knobs(rows)
-    top = _most(one.request.logprobs for one in sequences)
+    top = self._most(one.request.logprobs for one in sequences)
     asked = self._rows(rows, count, table=speculates)
     caches = self._copied.caches
     if speculates:
@@ -505,20 +527,28 @@ class Engine:
       token_B, length_B, drawn_B, page_BC, places_BC % P, table_BX
     )
 
-  def _copy(self, rows, room: int) -> "_Copied":
+  def _fits(self, rows) -> bool:
+    """Whether these rows' pages can be copied, if they need to be."""
+    if self._pools[0][0].kernel != "gather":
+      return True
+    P = self._config.page_size
+    return _copied_slots(rows, P, self._room) <= self._pages.count * P
+
+  def _copy(self, rows) -> "_Copied":
     """Rows' pages copied together, unless they are read in place."""
     # The old one's memory first.
     self._copied = _Copied([], (), 0)
+    fits = self._fits(rows)
     table_BX = _table(rows)
     lengths = np.asarray([one.cached for one in rows], np.int32)
     caches = tuple(
-      programs.gather(pools, table_BX, lengths, room=room)
-      if pools[0].kernel == "gather"
+      programs.gather(pools, table_BX, lengths, room=self._room)
+      if fits and pools[0].kernel == "gather"
       else None
       for pools in self._pools
     )
     # There is nothing to keep where nothing was copied.
-    return _Copied(rows, caches, room if caches[0] is not None else 0)
+    return _Copied(rows, caches, self._room if caches[0] is not None else 0)
 
   def _take(self, sequences, tokens_BC, told, valid_BC):
     """Gives each sequence its new tokens, up to what ends it."""
@@ -583,12 +613,6 @@ def _progress(sequence, new):
   return request_lib.Progress(
     sequence.request_number, sequence.sample, tuple(new), sequence.completion
   )
-
-
-def _most(asked) -> int | None:
-  """How many of the likeliest a program tells, so that all get theirs."""
-  asked = [one for one in asked if one is not None]
-  return max(asked) and _round_up(max(asked)) if asked else None
 
 
 def _logprob(told: sampling.Logprobs, place, top: int) -> request_lib.Logprob:

@@ -7,6 +7,7 @@ the oldest always goes on, and with it all.
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 
 from llama_jax.decoding import pages as pages_lib
 from llama_jax.decoding import request as request_lib
@@ -76,7 +77,13 @@ class Counts:
 
 
 class Scheduler:
-  """Sequences in, plans out. It owns the pages' account."""
+  """Sequences in, plans out. It owns the pages' account.
+
+  Args:
+    pages: all of them.
+    max_batch, chunk, tokens_per_call: as engine.EngineConfig.
+    fits: whether so many sequences can be drawn from at once.
+  """
 
   def __init__(
     self,
@@ -85,11 +92,12 @@ class Scheduler:
     max_batch: int,
     chunk: int,
     tokens_per_call: int,
+    fits: Callable[[list[Sequence]], bool],
   ):
     self.pages = pages
     self.counts = Counts()
     self._max_batch, self._chunk = max_batch, chunk
-    self._tokens_per_call = tokens_per_call
+    self._tokens_per_call, self._fits = tokens_per_call, fits
     # Both by number.
     self.waiting: list[Sequence] = []
     self.running: list[Sequence] = []
@@ -137,7 +145,11 @@ class Scheduler:
           kept.append(sequence)
           break
         self._preempt(self.running[-1])
-    return [one for one in kept if one in self.running], count
+    kept = [one for one in kept if one in self.running]
+    # The youngest keep their pages and wait; one alone always goes on.
+    while len(kept) > 1 and not self._fits(kept):
+      kept.pop()
+    return kept, count
 
   def _plan_prefill(self):
     room = self._chunk

@@ -87,13 +87,13 @@ def check_greedy(forward, request, completion):
 
 def test_many_mixed_requests_equal_the_plain_forward(params, forward):
   """200 of any length through 8 rows, with preemption, all counted back."""
-  engine = make(params, cache_tokens=320)
+  engine = make(params, cache_tokens=384)
   rng = np.random.default_rng(1)
   requests = [
     ask(
       prompt,
-      int(rng.integers(1, 40)),
-      stop_ids=rng.integers(NANO.vocab_size, size=40).tolist(),
+      int(rng.integers(1, 70)),
+      stop_ids=rng.integers(NANO.vocab_size, size=10).tolist(),
       logprobs=3,
     )
     for prompt in prompts(200)
@@ -266,17 +266,40 @@ def test_refused_settings(settings):
     engine_lib.EngineConfig(**settings)
 
 
-def test_the_pool_is_what_was_planned(params):
-  engine = make(params, cache_dtype="bfloat16")
-  config = engine_lib.EngineConfig(**SMALL | {"cache_dtype": "bfloat16"})
+def test_memory_is_what_was_planned(params):
+  """The pool from the start; the copy of the rows that run never above."""
+  settings = {"cache_dtype": "bfloat16", "cache_tokens": 640}
+  engine = make(params, **settings)
+  config = engine_lib.EngineConfig(**SMALL | settings)
   planned = engine_lib.cache_bytes(config, NANO, "float32")
 
-  def held():
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine._pools))
+  def held(tree):
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if leaf.ndim == 4)
+    return sum(leaf.nbytes for leaf in arrays)
 
-  assert held() == planned
-  engine.run([ask(prompt, 20) for prompt in prompts(12)])
-  assert held() == planned
+  def copied():
+    caches = [one for one in engine._copied.caches if one is not None]
+    return sum(a.nbytes for one in caches for a in (*one.keys, *one.values))
+
+  pool = held(engine._pools)
+  for prompt in prompts(12):
+    engine.submit(ask(prompt, 20))
+  most = 0
+  while engine.busy:
+    engine.step()
+    most = max(most, copied())
+    assert held(engine._pools) == pool
+  assert most > 0 and pool + most <= planned
+  # Of several rows at once, or it would be no test.
+  assert most > planned / 4
+
+
+def test_a_row_too_long_to_copy_is_read_page_by_page(params, forward):
+  """Pages of a request that leaves no room for a copy of them."""
+  engine = make(params, cache_tokens=224)
+  requests = [ask(prompt, 20) for prompt in prompts(2)] + [ask([5] * 190, 20)]
+  for request, (answer,) in zip(requests, engine.run(requests), strict=True):
+    check_greedy(forward, request, answer)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 2), (2, 2, 1)], ids=str)

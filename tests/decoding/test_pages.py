@@ -69,13 +69,16 @@ class Device:
 
   def draw(self, params, pools, cache, rows, *rest, **static):
     drawn = np.zeros(rows.page_BC.shape, np.int32)
+    in_place = cache is None
+    if in_place:
+      cache = self.gather(pools, rows.table_BX, rows.length_B, room=0)
     for row, ids in enumerate(cache):
       token = rows.token_B[row]
       for step, page in enumerate(rows.page_BC[row]):
         ids.append(token)
         self.held[page, rows.offset_BC[row, step]] = token
         token = drawn[row, step] = follow(ids)
-    return drawn, None, pools, cache
+    return drawn, None, pools, None if in_place else cache
 
 
 class Life(hypothesis.stateful.RuleBasedStateMachine):
