@@ -17,8 +17,14 @@ import jax
 import numpy as np
 
 from llama_jax import errors, kernels
+from llama_jax.decoding import (
+  arrays,
+  placement,
+  programs,
+  sampling,
+  speculation,
+)
 from llama_jax.decoding import pages as pages_lib
-from llama_jax.decoding import placement, programs, sampling, speculation
 from llama_jax.decoding import request as request_lib
 from llama_jax.decoding import scheduler as scheduler_lib
 from llama_jax.kernels import paged
@@ -91,66 +97,8 @@ def _page_count(config: EngineConfig) -> int:
   return -(-config.cache_tokens // config.page_size)
 
 
-# Sizes of arrays are rounded up to few, since each is a program to compile:
-# what costs time in proportion to powers of two, what does not to powers of
-# four, and slots, over which all tokens look, to 4, 6, 8, 12, 16, 24 ... pages.
-_FEWEST_PAGES, _FEWEST_TOKENS = 4, 32
-
-
-def _round_up(size: int, least: int = 1, factor: int = 2) -> int:
-  """The first of least, least * factor, ... that holds size."""
-  while least < size:
-    least *= factor
-  return least
-
-
-def _width(pages: int) -> int:
-  """Pages of a table that holds so many."""
-  wide = _round_up(pages, _FEWEST_PAGES)
-  between = wide * 3 // 4
-  return between if _FEWEST_PAGES < between >= pages else wide
-
-
 # Tokens that a copy of the rows' pages has room for before it is made anew.
 _ROOM = 64
-# Fills a batch up.
-_IDLE = scheduler_lib.Sequence(
-  number=-1,
-  request_number=-1,
-  request=request_lib.Request([0], 1, sampling.SamplingConfig()),
-  sample=0,
-  tokens=[0],
-  completion=request_lib.Completion(),
-  constraint=None,
-)
-
-
-def _filled(sequences, size: int):
-  return [*sequences, *[_IDLE] * (size - len(sequences))]
-
-
-def _table(rows) -> np.ndarray:
-  """Each row's pages, int32 [B, X], page 0 after them."""
-  width = _width(max(len(one.pages) for one in rows))
-  table_BX = np.full((len(rows), width), pages_lib.TRASH, np.int32)
-  for row, one in zip(table_BX, rows, strict=True):
-    row[: len(one.pages)] = one.pages
-  return table_BX
-
-
-def _history(rows, count: int) -> np.ndarray:
-  """Each row's tokens, int32 [B, S], with room for so many more."""
-  longest = max(len(one.tokens) for one in rows) + count
-  tokens_BS = np.zeros((len(rows), _round_up(longest, 256)), np.int32)
-  for row, one in zip(tokens_BS, rows, strict=True):
-    row[: len(one.tokens)] = one.tokens
-  return tokens_BS
-
-
-def _copied_slots(rows, page_size: int, room: int) -> int:
-  """Slots of a copy of so many rows' pages, padded to whole programs."""
-  width = _width(max(len(one.pages) for one in rows)) * page_size
-  return _round_up(len(rows)) * (width + -(-room // page_size) * page_size)
 
 
 @dataclasses.dataclass
@@ -170,12 +118,12 @@ class _Copied:
 
   def keep(self, sequences, count: int):
     """The rows for these sequences, or None where a new copy is better."""
-    if self.room < count or not set(sequences) <= set(self.rows):
-      return None
-    if _round_up(len(sequences)) < len(self.rows):
-      return None
     active = set(sequences)
-    return [one if one in active else _IDLE for one in self.rows]
+    if self.room < count or not active <= set(self.rows):
+      return None
+    if arrays.round_up(len(sequences)) < len(self.rows):
+      return None
+    return [one if one in active else arrays.IDLE for one in self.rows]
 
 
 class Engine:
@@ -406,12 +354,12 @@ class Engine:
     asked = [one for one in asked if one is not None]
     if not asked:
       return None
-    most = _round_up(max(asked)) if max(asked) else 0
+    most = arrays.round_up(max(asked)) if max(asked) else 0
     return min(most, self._decoder.config.vocab_size)
 
   def _read(self, planned):
-    packed, drawing = _pack(planned, self._config.page_size)
-    rows = _filled(drawing, len(packed.last_R))
+    packed, drawing = arrays.pack(planned, self._config.page_size)
+    rows = arrays.filled(drawing, len(packed.last_R))
     knobs, features, seen = self._knobs(rows)
     allowed = self._allowed(rows)
     found = [
@@ -456,7 +404,7 @@ class Engine:
     speculates = self._config.guesses > 0 and count > 1
     rows = self._copied.keep(sequences, count)
     if rows is None:
-      rows = _filled(sequences, _round_up(len(sequences)))
+      rows = arrays.filled(sequences, arrays.round_up(len(sequences)))
       self._copied = self._copy(rows)
     knobs, features, seen = self._knobs(rows)
     top = self._most(one.request.logprobs for one in sequences)
@@ -469,7 +417,7 @@ class Engine:
         self._pools,
         caches,
         asked,
-        _history(rows, count),
+        arrays.history(rows, count),
         knobs,
         seen,
         decoders=self._decoders,
@@ -520,7 +468,7 @@ class Engine:
       known = places < len(one.pages)
       row[known] = np.asarray(one.pages, np.int32)[places[known]]
     if table or None in self._copied.caches:
-      table_BX = _table(rows)
+      table_BX = arrays.table(rows)
     else:
       table_BX = np.zeros((len(rows), 0), np.int32)
     return programs.Rows(
@@ -532,14 +480,14 @@ class Engine:
     if self._pools[0][0].kernel != "gather":
       return True
     P = self._config.page_size
-    return _copied_slots(rows, P, self._room) <= self._pages.count * P
+    return arrays.copied_slots(rows, P, self._room) <= self._pages.count * P
 
   def _copy(self, rows) -> "_Copied":
     """Rows' pages copied together, unless they are read in place."""
     # The old one's memory first.
     self._copied = _Copied([], (), 0)
     fits = self._fits(rows)
-    table_BX = _table(rows)
+    table_BX = arrays.table(rows)
     lengths = np.asarray([one.cached for one in rows], np.int32)
     caches = tuple(
       programs.gather(pools, table_BX, lengths, room=self._room)
@@ -554,7 +502,7 @@ class Engine:
     """Gives each sequence its new tokens, up to what ends it."""
     progress = []
     for row, sequence in enumerate(sequences):
-      if sequence is _IDLE:
+      if sequence is arrays.IDLE:
         continue
       request, completion = sequence.request, sequence.completion
       new: list[int] = []
@@ -626,57 +574,3 @@ def _logprob(told: sampling.Logprobs, place, top: int) -> request_lib.Logprob:
 def _column(told):
   """[R, ...] -> [R, 1, ...] on the host."""
   return jax.tree.map(lambda a: np.asarray(a)[:, None], told)
-
-
-def _pack(planned, page_size: int):
-  """(programs.Packed, the sequences that will be read whole)."""
-  size = _round_up(sum(count for _, count in planned), _FEWEST_TOKENS)
-  ids, positions, segments, after, page, offset = np.zeros((6, size), np.int32)
-  pages: list[int] = []
-  slots: list[np.ndarray] = []
-  last, drawing, at = [], [], 0
-  for index, (one, count) in enumerate(planned):
-    span, begin = slice(at, at + count), one.cached
-    places = np.arange(begin, begin + count)
-    ids[span] = one.tokens[begin : begin + count]
-    following = one.tokens[begin + 1 : begin + count + 1]
-    after[at : at + len(following)] = following
-    positions[span], segments[span] = places, index + 1
-    page[span] = np.asarray(one.pages)[places // page_size]
-    offset[span] = places % page_size
-    before = one.pages[: -(-begin // page_size)]
-    pages += before
-    filled = np.arange(len(before) * page_size)
-    # Slots that are not filled yet are nobody's.
-    slots.append(np.stack([filled, np.where(filled < begin, index + 1, 0)]))
-    at += count
-    if count == one.unread:
-      last.append(at - 1)
-      drawing.append(one)
-  width = _round_up(len(pages), _FEWEST_PAGES, 4) if pages else 0
-  table = np.full(width, pages_lib.TRASH, np.int32)
-  table[: len(pages)] = pages
-  slot_positions, slot_segments = np.zeros((2, width * page_size), np.int32)
-  if pages:
-    found = np.concatenate(slots, axis=1)
-    slot_positions[: found.shape[1]], slot_segments[: found.shape[1]] = found
-  rows = _round_up(len(drawing), factor=4)
-  last_R, drawn_R = np.zeros((2, rows), np.int32)
-  last_R[: len(last)] = last
-  drawn_R[: len(drawing)] = [one.drawn for one in drawing]
-  return (
-    programs.Packed(
-      ids,
-      positions,
-      segments,
-      after,
-      page,
-      offset,
-      table,
-      slot_positions,
-      slot_segments,
-      last_R,
-      drawn_R,
-    ),
-    drawing,
-  )
