@@ -93,14 +93,6 @@ class TextEngine:
     self._tokenizer, self._engine = tokenizer, engine
     self._writers: dict[tuple[int, int], _Writer] = {}
 
-  @property
-  def busy(self) -> bool:
-    return self._engine.busy
-
-  def check(self, request: request_lib.Request) -> None:
-    """Raises UserError for a request that can never be answered."""
-    self._engine.check(request)
-
   def submit(
     self,
     request: request_lib.Request,

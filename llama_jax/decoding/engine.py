@@ -362,25 +362,25 @@ class Engine:
     rows = arrays.filled(drawing, len(packed.last_R))
     knobs, features, seen = self._knobs(rows)
     allowed = self._allowed(rows)
+    top = self._most(one.request.logprobs for one in drawing)
+    scored = self._most(one.request.prompt_logprobs for one, _ in planned)
     found = [
       programs.read(
-        params,
-        pools,
+        self._params[which],
+        self._pools[which],
         packed,
         knobs,
         seen,
         allowed,
         decoder=decoder,
         features=features,
-        top=self._most(one.request.logprobs for one in drawing),
-        scored=self._most(one.request.prompt_logprobs for one, _ in planned),
+        # What a draft would say is not asked for.
+        top=None if which else top,
+        scored=None if which else scored,
       )
-      for params, pools, decoder in zip(
-        self._params, self._pools, self._decoders, strict=True
-      )
+      for which, decoder in enumerate(self._decoders)
     ]
     self._pools = tuple(pools for *_, pools in found)
-    # What a draft would say is not asked for.
     token_R, drawn, scores, _ = found[0]
     scores = jax.device_get(scores)
     at = 0
