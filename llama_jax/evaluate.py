@@ -2,9 +2,13 @@
 
   python -m llama_jax.evaluate --ckpt=REF --tasks=perplexity \\
     --text=FILE.jsonl [--window=1024 --stride=1024 --[no]bos] [--out=FILE.json]
+    [--parallel.tensor=2 --parallel.data=-1]
+  python -m llama_jax.evaluate --ckpt=REWARD_MODEL --score=FILE.jsonl \
+    --out=FILE.jsonl
 
 perplexity writes mean_loss (nats per scored token), scored_tokens, tokens,
-bytes, bytes_per_token and each document's losses.
+bytes, bytes_per_token and each document's losses. --score adds a reward to each
+conversation, or to each of a row's completions (scoring.py).
 """
 
 import json
@@ -15,8 +19,40 @@ from absl import flags
 from llama_jax import errors, evals, shell
 
 
+def _load(head: str = "words"):
+  from llama_jax import llama as llama_lib
+  from llama_jax.decoding import placement
+
+  return llama_lib.load(
+    _CKPT.value,
+    dtype=_DTYPE.value,
+    quantize=_QUANTIZE.value,
+    knob="--ckpt",
+    mesh=placement.make_mesh(**_PARALLEL()),
+    head=head,
+  )
+
+
+def score() -> None:
+  """--score: rows of a file with their rewards."""
+  from llama_jax import scoring
+  from llama_jax.decoding import placement
+
+  if not _OUT.value or _QUANTIZE.value or _TEXT.value:
+    raise errors.UserError(
+      "--score=FILE needs --out=FILE, and takes neither --text nor --quantize."
+    )
+  llama = _load("scalar")
+  out = pathlib.Path(_OUT.value).expanduser()
+  with placement.on(llama.mesh):
+    print(scoring.score(llama, pathlib.Path(_SCORE.value).expanduser(), out))
+
+
 def main(argv) -> None:
   del argv
+  if _SCORE.value is not None:
+    score()
+    return
   # Before the weights are read: what is cheap to refuse.
   unknown = [task for task in _TASKS.value if task not in evals.EVALS]
   if unknown or not _TASKS.value:
@@ -28,14 +64,12 @@ def main(argv) -> None:
     raise errors.UserError(
       "--text=FILE is needed: JSONL or text, .gz too, or a folder."
     )
-  from llama_jax import llama as llama_lib
   from llama_jax.checkpoint import atomic
   from llama_jax.data import sources
+  from llama_jax.decoding import placement
 
   texts = sources.documents(_TEXT.value, knob="--text")
-  llama = llama_lib.load(
-    _CKPT.value, dtype=_DTYPE.value, quantize=_QUANTIZE.value, knob="--ckpt"
-  )
+  llama = _load()
   decoder, params = llama.decoder, llama.params
   if _QUANTIZE.value:
     decoder, params = llama.unrolled
@@ -45,14 +79,15 @@ def main(argv) -> None:
   settings = {"window": _WINDOW.value, "stride": _STRIDE.value, "bos": bos}
   result = {"ckpt": _CKPT.value, "tasks": _TASKS.value, "text": _TEXT.value}
   result |= settings | {"dtype": _DTYPE.value, "quantize": _QUANTIZE.value}
-  for task in _TASKS.value:
-    for name, value in evals.EVALS[task](
-      decoder, params, texts, tokenizer, **settings
-    ):
-      result[name] = value
-      if name != "documents":
-        shown = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-        print(f"{task}/{name:<16} {shown}")
+  with placement.on(llama.mesh):
+    for task in _TASKS.value:
+      for name, value in evals.EVALS[task](
+        decoder, params, texts, tokenizer, **settings
+      ):
+        result[name] = value
+        if name != "documents":
+          shown = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+          print(f"{task}/{name:<16} {shown}")
   if _OUT.value:
     out = pathlib.Path(_OUT.value).expanduser()
     atomic.write_text(out, json.dumps(result, indent=1) + "\n")
@@ -62,6 +97,7 @@ def main(argv) -> None:
 if __name__ == "__main__":
   _CKPT = flags.DEFINE_string("ckpt", None, "orbax:DIR, hf:DIR or gguf:FILE.")
   _TASKS = flags.DEFINE_list("tasks", ["perplexity"], "What to measure.")
+  _SCORE = flags.DEFINE_string("score", None, "JSONL to score by a reward.")
   _TEXT = flags.DEFINE_string("text", None, "JSONL, text, gz or a folder.")
   _WINDOW = flags.DEFINE_integer(
     "window", 1024, "Tokens that the model sees at once, BOS among them."
@@ -79,4 +115,5 @@ if __name__ == "__main__":
   _QUANTIZE = flags.DEFINE_enum(
     "quantize", "", ["", "int8", "int4"], "Weights as they decode."
   )
+  _PARALLEL = shell.define_parallel()
   shell.run(main)

@@ -7,6 +7,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import jax
 
@@ -15,9 +16,13 @@ from llama_jax.data import batches
 from llama_jax.data import ramp as ramp_lib
 from llama_jax.evals import settings as evals_settings
 from llama_jax.model import config as config_lib
+from llama_jax.objectives import OBJECTIVES, next_token
 from llama_jax.parallel import mesh
 from llama_jax.training import metrics, schedule
 from llama_jax.training import optimizer as optimizer_lib
+
+# What a config without an objective asks for.
+_PLAIN = next_token.NextToken()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class TrainingConfig:
   """How long, how much at once, and what is not put up with.
 
   Attributes:
-    steps: updates in all.
+    steps: updates in all; or 0, where epochs says it.
     batch_size: sequences of an update, over all devices and microbatches.
     accumulation: microbatches that an update is summed over.
     ramp: what batch_size, sequence_length and accumulation grow to: dicts of
@@ -57,6 +62,7 @@ class TrainingConfig:
       trailing mean is left out; 0 leaves out only what is not finite.
     max_skipped: steps left out in a row that stop the run.
     seed: of fresh params.
+    epochs: passes over data.text instead of steps, or 0.
   """
 
   steps: int
@@ -67,9 +73,16 @@ class TrainingConfig:
   spike_factor: float
   max_skipped: int
   seed: int
+  epochs: float = 0.0
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "accumulation", "max_skipped"):
+    if self.epochs and (self.steps or not 0 < self.epochs < float("inf")):
+      raise errors.ConfigError(
+        f"training.epochs={self.epochs} and training.steps={self.steps}: give"
+        " one of them, above 0, and leave the other 0."
+      )
+    names = ("batch_size", "accumulation", "max_skipped")
+    for name in names if self.epochs else ("steps", *names):
       if getattr(self, name) < 1:
         raise errors.ConfigError(
           f"training.{name}={getattr(self, name)} must be 1 or more."
@@ -136,7 +149,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A whole run. init: a checkpoint reference to start from, or None."""
+  """A whole run.
+
+  Attributes:
+    init: a checkpoint reference to start from, or None.
+    objective: one of objectives.OBJECTIVES; a config without this section
+      predicts the next token.
+  """
 
   init: str | None
   model: ModelConfig
@@ -147,6 +166,7 @@ class Experiment:
   checkpoint: CheckpointConfig
   evaluation: evals_settings.EvaluationConfig
   metrics: metrics.MetricsConfig
+  objective: Any = _PLAIN
 
 
 def read(config) -> Experiment:
@@ -157,20 +177,34 @@ def read(config) -> Experiment:
     if dataclasses.is_dataclass(field.type)
   }
   given = dict(config.items())
+  objective = _objective(given.pop("objective", {"name": "next_token"}))
   unknown = sorted(set(given) - set(sections) - {"init"})
   missing = sorted(set(sections) - set(given))
   if unknown or missing:
     raise errors.ConfigError(
       f"the config has unknown sections {unknown} and lacks {missing};"
-      f" it takes init, {', '.join(sections)}."
+      f" it takes init, objective, {', '.join(sections)}."
     )
   return Experiment(
     init=given.get("init") or None,
+    objective=objective,
     **{
       name: shell.section(cls, given[name], name)
       for name, cls in sections.items()
     },
   )
+
+
+def _objective(values):
+  """The dataclass of config.objective, by its name."""
+  values = dict(values.items())
+  name = values.pop("name", None)
+  if name not in OBJECTIVES:
+    raise errors.ConfigError(
+      f"config.objective.name={name!r} is not known; use one of"
+      f" {', '.join(OBJECTIVES)}."
+    )
+  return shell.section(OBJECTIVES[name], values, "objective")
 
 
 def describe(config) -> str:

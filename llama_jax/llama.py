@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import checkpoint, errors
-from llama_jax.decoding import loop, sampling
+from llama_jax.decoding import loop, placement, request, sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import quantize as quantize_lib
 
@@ -31,6 +31,9 @@ class Llama:
     dtype: compute dtype, "float32" or "bfloat16".
     quantize: of the weights that decode, a key of model.quantize.KINDS; empty
       for none.
+    mesh: that params lie on, or None for one device.
+    merged: decode with query, key and value in one matrix, gate and up in
+      another (decoder.merge); None for where that is faster.
   """
 
   config: Any
@@ -38,6 +41,8 @@ class Llama:
   tokenizer: Any
   dtype: str = "float32"
   quantize: str = ""
+  mesh: jax.sharding.Mesh | None = None
+  merged: bool | None = None
 
   @property
   def decoder(self) -> decoder_lib.Decoder:
@@ -47,19 +52,34 @@ class Llama:
   @functools.cached_property
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """For decoding: a decoder and its own copy of the params, in dtype or
-    quantized."""
+    quantized, merged or not."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
     params = jax.tree.map(
-      lambda leaf: jnp.asarray(leaf, self.dtype),
-      decoder_lib.unstack(self.params),
+      lambda leaf: jnp.asarray(leaf, self.dtype), self._unstacked()
     )
     if self.quantize:
       params = quantize_lib.quantize(params, self.quantize)
+    if self.mesh is not None:
+      params = placement.place(decoder, params, self.mesh)
     return decoder, params
+
+  def _unstacked(self) -> dict[str, Any]:
+    """Params for decoding as they are stored, merged if they are to be."""
+    params = decoder_lib.unstack(self.params)
+    if self.merged and self.mesh is not None:
+      raise errors.ConfigError(
+        f"merged=True is for one device and the mesh has {self.mesh.size}:"
+        " its parts would not be whole heads; leave merged at None."
+      )
+    merged = self.merged
+    if merged is None:
+      # Fewer and larger products pay where a product's start costs.
+      merged = self.mesh is None and jax.default_backend() != "cpu"
+    return decoder_lib.merge(params) if merged else params
 
   def describe_quantized(self) -> str:
     """A line on what quantizing saved and cost; see model.quantize."""
-    before = decoder_lib.unstack(self.params)
+    before = self._unstacked()
     return f"{self.quantize}: {quantize_lib.describe(before, self.unrolled[1])}"
 
   def logits(self, ids, positions=None, segment_ids=None) -> jax.Array:
@@ -86,7 +106,8 @@ class Llama:
         raise errors.UserError(
           f"{name} has shape {one.shape}; it must be that of ids, {ids.shape}."
         )
-    return _logits(self.params, ids, *rest, decoder=self.decoder)
+    with placement.on(self.mesh):
+      return _logits(self.params, ids, *rest, decoder=self.decoder)
 
   def encode_prompt(self, prompt: str) -> list[int]:
     """Ids of a plain prompt, with BOS where the model is used to one."""
@@ -108,14 +129,16 @@ class Llama:
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     continues: bool = False,
-  ) -> Iterator[str]:
+  ) -> Generator[str, None, str]:
     """Text as it is decoded, in whole characters, without the stop token.
 
     stop: texts that end the answer too; none of them is part of it.
     stop_ids: what ends it instead of the tokenizer's stop tokens.
     continues: it goes on in a text, so a leading space counts.
+
+    The generator returns why the answer ended, request.STOP or LENGTH.
     """
-    for (text,) in self._stream(
+    for (text,), (stopped,) in self._stream(
       [list(prompt)],
       stop,
       stop_ids,
@@ -123,8 +146,10 @@ class Llama:
       max_new_tokens=max_new_tokens,
       sampling_config=sampling_config,
     ):
+      reason = request.STOP if stopped else request.LENGTH
       if text:
         yield text
+    return reason
 
   def generate(
     self,
@@ -154,13 +179,14 @@ class Llama:
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
       ),
     )
-    texts = ["".join(row) for row in zip(*pieces, strict=True)]
+    rows = zip(*(new for new, _ in pieces), strict=True)
+    texts = ["".join(row) for row in rows]
     return texts[0] if isinstance(prompt, str) else texts
 
   def _stream(
     self, prompts, stop, stop_ids=None, continues=False, **settings
-  ) -> Iterator[list[str]]:
-    """Each row's new text, step by step, until all rows have ended."""
+  ) -> Iterator[tuple[list[str], list[bool]]]:
+    """Each row's new text and whether it was stopped, until all have ended."""
     from llama_jax.text import stream as stream_lib
 
     tokenizer = self.need_tokenizer()
@@ -171,16 +197,21 @@ class Llama:
     ]
     stop_ids = tokenizer.stop_ids if stop_ids is None else tuple(stop_ids)
     ends = set(stop_ids)
+    stopped = [False] * len(prompts)
     for new in loop.stream(
-      decoder, params, prompts, stop_ids=stop_ids, **settings
+      decoder, params, prompts, stop_ids=stop_ids, mesh=self.mesh, **settings
     ):
-      yield [
+      texts = [
         row.push_many(i for i in ids if i not in ends)
         for row, ids in zip(rows, new, strict=True)
       ]
-      if all(row.stopped for row in rows):
+      for index, (row, ids) in enumerate(zip(rows, new, strict=True)):
+        if row.stopped is not None or not ends.isdisjoint(ids):
+          stopped[index] = True
+      yield texts, stopped
+      if all(stopped):
         break
-    yield [row.flush() for row in rows]
+    yield [row.flush() for row in rows], stopped
 
   def need_tokenizer(self):
     """The tokenizer; raises UserError where the checkpoint has none."""
@@ -198,21 +229,36 @@ def load(
   dtype: str = "float32",
   quantize: str = "",
   knob="reference",
+  mesh: jax.sharding.Mesh | None = None,
+  head: str = "words",
 ) -> Llama:
-  """Loads orbax:DIR, hf:DIR or gguf:FILE onto the first device.
+  """Loads a checkpoint of any format onto the first device or a mesh.
 
   Args:
     reference: scheme:path.
     dtype: compute dtype; params keep the dtype they are stored in.
     quantize: "int8" or "int4" weights for decoding; see Llama.
     knob: what an error message calls the reference.
+    mesh: parallel.mesh.make's; params are read part by part onto its devices.
+    head: "words" for a language model, "scalar" for a reward model.
 
   Raises:
-    errors.UserError: for a bad reference or damaged files.
+    errors.UserError: for a bad reference, damaged files or the other kind.
+    errors.ConfigError: the mesh does not divide the model.
   """
-  config, params, tokenizer = checkpoint.load(reference, knob)
+  config = checkpoint.read_config(reference, knob)
+  if config.head != head:
+    is_a, wanted = "a language model", "a reward model"
+    if head == "words":
+      is_a, wanted = "a reward model, which says no words", "a language model"
+    raise errors.UserError(f"{knob}={reference} is {is_a}; name {wanted}.")
+  shardings = None
+  if mesh is not None:
+    placement.check(config, mesh, quantize)
+    shardings = placement.shardings(config, mesh)
+  config, params, tokenizer = checkpoint.load(reference, knob, shardings)
   params = jax.tree.map(
     lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
     params,
   )
-  return Llama(config, params, tokenizer, dtype, quantize)
+  return Llama(config, params, tokenizer, dtype, quantize, mesh)

@@ -14,19 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import checkpoint, errors, evals, experiment, text
+from llama_jax import checkpoint, errors, experiment, learning, text
 from llama_jax.checkpoint import proof, steps, store
 from llama_jax.data import batches as batches_lib
+from llama_jax.data import examples, sources
 from llama_jax.data import prepared as prepared_lib
 from llama_jax.data import ramp as ramp_lib
-from llama_jax.data import sources
 from llama_jax.model import config as config_lib
 from llama_jax.model import decoder as decoder_lib
-from llama_jax.model import sizes
-from llama_jax.objectives import next_token
+from llama_jax.model import heads, sizes
 from llama_jax.parallel import hosts, mesh
 from llama_jax.text import folder as folder_lib
-from llama_jax.text import infill, sentencepiece_bpe, train_sentencepiece
+from llama_jax.text import (
+  infill,
+  sentencepiece_bpe,
+  templates,
+  train_sentencepiece,
+)
 from llama_jax.training import optimizer as optimizer_lib
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
@@ -48,7 +52,7 @@ class Run:
     batches: data by step.
     heldout: domain -> rows that are not trained on.
     contents: source -> a digest of its rows.
-    evaluate: params -> measures by name, see evals.make.
+    goal: what is minimised and measured.
     shapes, placed: of the state: ShapeDtypeStructs, and NamedShardings.
     first: () -> state 0.
     update: the compiled step.
@@ -63,7 +67,7 @@ class Run:
   batches: batches_lib.Batches
   heldout: dict[str, Any]
   contents: dict[str, str]
-  evaluate: Any
+  goal: learning.Goal
   shapes: state_lib.TrainState
   placed: state_lib.TrainState
   first: Any
@@ -168,6 +172,7 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   )
 
   # The data: which rows step n reads follows from n alone.
+  learning.check(asked)
   if prepared is not None:
     ramp = experiment.make_ramp(asked, prepared.row_length)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
@@ -180,21 +185,13 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   else:
     ramp = experiment.make_ramp(asked, None)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
-    packed, unseen = batches_lib.pack_text(
-      asked.data, tokenizer, ramp.row_length
-    )
-    rows, heldout = {"text": packed}, {"text": unseen} if unseen else {}
-    contents = {"text": _digest(row["tokens"].tobytes() for row in packed)}
+    rows, heldout = _pack(asked, tokenizer, ramp.row_length)
+    contents = {
+      name: _digest(row["tokens"].tobytes() for row in packed)
+      for name, packed in rows.items()
+    }
+    asked = learning.in_epochs(asked, sum(map(len, rows.values())))
   batches = batches_lib.Batches(rows, asked.data, ramp)
-  evaluate = evals.make(
-    asked.evaluation,
-    decoder,
-    tokenizer,
-    heldout,
-    devices,
-    sequence_length=ramp.row_length,
-    separate=asked.data.separate_documents,
-  )
   if asked.evaluation.every and not heldout and not asked.evaluation.tasks:
     print(
       f"note: evaluation.every={asked.evaluation.every} measures nothing: there"
@@ -208,10 +205,12 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   shapes, placed = state_lib.shardings(
     functools.partial(decoder_lib.init, decoder), optimizer, devices
   )
-  loss_sum = functools.partial(_loss_sum, decoder, asked.training.z_loss)
+  goal = learning.Goal(
+    asked, decoder, tokenizer, devices, rows, heldout, ramp.row_length
+  )
   update = jax.jit(
     step_lib.make(
-      next_token.make(loss_sum, len(rows)),
+      goal.objective,
       optimizer,
       asked.training.spike_factor,
       asked.metrics.layer_norms,
@@ -229,7 +228,7 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
     batches=batches,
     heldout=heldout,
     contents=contents,
-    evaluate=evaluate,
+    goal=goal,
     shapes=shapes,
     placed=placed,
     first=functools.partial(_first_state, asked, decoder, optimizer, placed),
@@ -238,25 +237,51 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   )
 
 
-def _loss_sum(decoder, z_loss, params, *args):
-  return decoder.apply({"params": params}, *args, z_loss, method="loss_sum")
+def _pack(asked: experiment.Experiment, tokenizer, row_length: int):
+  """Rows of data.text by source, to train on and held out."""
+  if asked.data.form == batches_lib.DOCUMENTS:
+    packed, unseen = batches_lib.pack_text(asked.data, tokenizer, row_length)
+    return {"text": packed}, {"text": unseen} if unseen else {}
+  found = examples.read(
+    asked.data,
+    tokenizer,
+    row_length,
+    formatting=learning.formatting(asked),
+  )
+  for name, counts in found.counts.items():
+    print(f"{name:<10} {counts}", flush=True)
+  return found.rows, found.heldout
 
 
 def _first_state(asked, decoder, optimizer, placed):
   """State 0: params of init or fresh ones, in float32, on the mesh."""
   params = None
+  key = jax.random.key(asked.training.seed)
   if asked.init:
-    params = checkpoint.load(asked.init, "--config.init", placed.params).params
+    config = checkpoint.read_config(asked.init, "--config.init")
+    shardings = placed.params
+    if config.head != decoder.config.head:
+      there = decoder.clone(config=config)
+      _, whole = state_lib.shardings(
+        functools.partial(decoder_lib.init, there), optimizer, _mesh(placed)
+      )
+      shardings = whole.params
+    params = checkpoint.load(asked.init, "--config.init", shardings).params
+    if config.head != decoder.config.head:
+      params = heads.to_scalar(params, key)
 
   def make(params):
     if params is None:
-      key = jax.random.key(asked.training.seed)
       params = nn.unbox(decoder_lib.init(decoder, key))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     params = decoder_lib.grow_vocabulary(params, decoder.config.vocab_size)
     return state_lib.create(params, optimizer)
 
   return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
+
+
+def _mesh(placed) -> jax.sharding.Mesh:
+  return jax.tree.leaves(placed)[0].mesh
 
 
 def choose_model(
@@ -286,6 +311,11 @@ def choose_model(
       "there is no model: give --config.init=REF to go on from a checkpoint, or"
       f" --config.model.size, one of {', '.join(sizes.SIZES)}."
     )
+  if init and config.head == "scalar" and learning.head(asked) != "scalar":
+    raise errors.ConfigError(
+      f"{saved} is a reward model, which says no words; give a language model,"
+      " or objective.name=reward."
+    )
   if size and sizes.get(size) != config:
     raise errors.ConfigError(
       f"--config.model.size={size} is not the size of {saved}; leave it empty."
@@ -297,9 +327,12 @@ def choose_model(
       f" --config.init has; {saved or f'model.size={size}'} stays what it is:"
       " leave them 0."
     )
-  return changed, _choose_tokenizer(
+  tokenizer = _choose_tokenizer(
     asked.data, prepared, config, tokenizer, saved not in ("", init)
   )
+  if template := asked.data.chat_template:
+    templates.choose(tokenizer, template, "--config.data.chat_template")
+  return dataclasses.replace(changed, head=learning.head(asked)), tokenizer
 
 
 def _changed(

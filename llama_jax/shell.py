@@ -35,6 +35,21 @@ _USERS_ERRORS = (
 )
 
 
+def define_parallel() -> Callable[[], dict[str, int]]:
+  """Defines the flags of parallel.mesh.ParallelConfig; call it for them."""
+  axes = {
+    axis: flags.DEFINE_integer(
+      f"parallel.{axis}", 1, f"{what}; -1 for the devices that are left."
+    )
+    for axis, what in (
+      ("data", "Copies of the model, each with its part of the batch"),
+      ("fsdp", "Parts of every weight, put together where it is used"),
+      ("tensor", "Parts of heads, MLP width and vocabulary"),
+    )
+  }
+  return lambda: {axis: flag.value for axis, flag in axes.items()}
+
+
 def fail(message: str) -> None:
   """One line on stderr, exit status 2."""
   print("error: " + " ".join(str(message).split("\n")), file=sys.stderr)
@@ -164,8 +179,9 @@ def keys(config, prefix: str = "") -> list[str]:
 def section(cls: type, values, name: str):
   """A ConfigDict's section as the frozen dataclass that it configures.
 
-  name: as the config has it; "" for the config itself. Raises ConfigError
-  where a field is missing or is not one of the class.
+  name: as the config has it; "" for the config itself. A field that has a
+  default may be left out. Raises ConfigError where another is missing or one
+  is not the class's.
   """
   place = f"config.{name}." if name else "config."
   names = [field.name for field in dataclasses.fields(cls)]
@@ -180,7 +196,11 @@ def section(cls: type, values, name: str):
         f"{place}{key} is not a knob; the nearest is {place}{nearest}. There"
         f" are: {', '.join(names)}."
       )
-  missing = [key for key in names if key not in given]
+  missing = [
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.name not in given and field.default is dataclasses.MISSING
+  ]
   if missing:
     raise errors.ConfigError(
       f"the config lacks {', '.join(place + m for m in missing)}."

@@ -70,6 +70,7 @@ def train(
       steps.Checkpoints(folder, keep.keep, keep.keep_every, keep.pinned)
     )
     state = run.restore(checkpoints)
+    asked = run.asked
     if state is not None and int(state.step) > asked.training.steps:
       raise errors.ConfigError(
         f"training.steps={asked.training.steps}, but the run in {folder} is at"
@@ -80,6 +81,7 @@ def train(
       if state is None:
         store.write_model(folder, config, run.tokenizer)
       atomic.write_text(folder / "config.json", shown + "\n")
+    run.goal.prepare(folder, run.contents, run.placed.params)
     state = run.first() if state is None else state
     start = int(state.step)
     _describe(run, start, folder)
@@ -117,7 +119,9 @@ def _loop(
       traced.before(step)
       rate = run.rate(step)
       before = skipped_in_row
-      state, values = run.update(state, run.put(step, batch), np.float32(rate))
+      state, values = run.update(
+        state, run.put(step, batch), np.float32(rate), run.goal.frozen
+      )
       skipped_in_row = values["skipped_in_row"]
       place = run.ramp.at(step)
       metrics.add(
@@ -144,7 +148,7 @@ def _loop(
       )
       if asked.evaluation.due(step + 1, training.steps) and not stopping:
         with metrics.aside():
-          metrics.attach(run.evaluate(state.params))
+          metrics.attach(run.goal.evaluate(state.params))
       checkpoints.check()
       if held is not None:
         held.check()
@@ -217,7 +221,7 @@ def replay(
 ) -> int:
   """Computes update number `step` again and prints its gradient's hash."""
   rows = metrics_lib.read(folder / "metrics.jsonl")
-  most = rows[-1]["step"] if rows else asked.training.steps
+  most = rows[-1]["step"] if rows else asked.training.steps or sys.maxsize
   if step > most:
     raise errors.UserError(
       f"--replay={step}: the run in {folder} has made {most} steps; name one of"
@@ -232,9 +236,12 @@ def replay(
     else:
       state = run.first()
     start = int(state.step)
+    run.goal.prepare(folder, run.contents, run.placed.params)
     for at in range(start, step):
       batch = run.put(at, run.batches.get(at, run.local(at)))
-      state, values = run.update(state, batch, np.float32(run.rate(at)))
+      state, values = run.update(
+        state, batch, np.float32(run.rate(at)), run.goal.frozen
+      )
       if signals.received is not None:
         return 128 + signals.received
   told = {name: values[name].item() for name in ("loss", "grad_norm")}
@@ -355,7 +362,7 @@ def main(argv) -> None:
   asked = experiment.read(config)
   if _REPLAY.value is not None:
     sys.exit(replay(asked, folder, _REPLAY.value))
-  profile = _steps(_PROFILE.value, asked.training.steps)
+  profile = _steps(_PROFILE.value, asked.training.steps or sys.maxsize)
   sys.exit(train(asked, folder, experiment.describe(config), profile))
 
 

@@ -84,7 +84,7 @@ def test_a_mesh_equals_one_device(whole, flags_of, tmp_path):
   for ours, want in zip(seen, rows_of(whole)[:10], strict=True):
     np.testing.assert_allclose(ours["loss"], want["loss"], rtol=2e-5)
     np.testing.assert_allclose(ours["grad_norm"], want["grad_norm"], rtol=2e-4)
-    assert ours["tokens"] == want["tokens"]
+    assert ours["scored"] == want["scored"]
 
 
 def one_line(result, *said):

@@ -46,6 +46,15 @@ def find(reference: str, knob: str = "--ckpt"):
   return importlib.import_module(FORMATS[scheme]), path
 
 
+def pin(reference: str, knob: str = "--ckpt") -> str:
+  """A reference to what this one names now: of a run, its newest step."""
+  module, path = find(reference, knob)
+  scheme, _ = parse(reference, knob)
+  if scheme == "orbax":
+    _, path = module.locate(path)
+  return f"{scheme}:{pathlib.Path(path).absolute()}"
+
+
 def open_tensors(reference: str, knob: str = "--ckpt", **settings: Any):
   """(LlamaConfig, weights.Source): the weights, of which any rows can be had.
 
@@ -73,9 +82,9 @@ def load(reference: str, knob: str = "--ckpt", shardings=None) -> Model:
   Args:
     reference: scheme:path.
     knob: what an error message calls it.
-    shardings: where params go, a tree like them; orbax: reads straight to
-      shards. Without, orbax: gives arrays on the first device and the others
-      give NumPy arrays.
+    shardings: where params go, a tree like them: each part is read straight
+      onto its devices. Without, orbax: gives arrays on the first device and the
+      others give NumPy arrays.
 
   Raises:
     errors.UserError: the reference or what it names is bad.
@@ -89,7 +98,10 @@ def load(reference: str, knob: str = "--ckpt", shardings=None) -> Model:
       module.read_params(path, shardings),
       module.read_tokenizer(path),
     )
-  import jax
+  from llama_jax.checkpoint import proof, shards
 
-  config, params, tokenizer = module.read(path)
-  return Model(config, jax.device_put(params, shardings), tokenizer)
+  config, source = module.open_tensors(path)
+  tokenizer = module.read_tokenizer(path)
+  if tokenizer is not None:
+    proof.check_vocabulary(config, tokenizer, source.file)
+  return Model(config, shards.read_params(config, source, shardings), tokenizer)

@@ -27,12 +27,14 @@ def describe(side: verify.Side) -> str:
 
 def _architecture(config: config_lib.LlamaConfig) -> str:
   groups = {config.num_heads: "MHA", 1: "MQA"}.get(config.num_kv_heads, "GQA")
-  tied = "tied" if config.tied_embeddings else "untied"
+  head = "tied embeddings" if config.tied_embeddings else "untied embeddings"
+  if config.head == "scalar":
+    head = "a score in place of words (a reward model)"
   return (
     f"Llama: {config.num_layers} layers, embed_dim {config.embed_dim},"
     f" mlp_dim {config.mlp_dim}, {config.num_heads} heads of"
     f" {config.head_dim}, {config.num_kv_heads} kv heads ({groups}),"
-    f" vocab_size {config.vocab_size}, {tied} embeddings, norm_eps"
+    f" vocab_size {config.vocab_size}, {head}, norm_eps"
     f" {config.norm_eps:g}, context {config.context_length:,}"
   )
 

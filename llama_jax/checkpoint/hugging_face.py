@@ -3,7 +3,8 @@
 Reads what any version of transformers has written: the flat rope_theta and
 rope_scaling, and the nested rope_parameters of version 5. Writes both, so
 that transformers, vLLM and llama.cpp's converter load the folder as it is.
-bfloat16, float16 and float32 tensors keep their dtype.
+bfloat16, float16 and float32 tensors keep their dtype. A reward model is a
+classifier of one label there.
 
 Nothing outside the folder is opened, except where a Hugging Face cache keeps
 the files of a snapshot: ../../blobs.
@@ -76,7 +77,7 @@ def open_tensors(
   tensors: dict[str, weights.Tensor] = {}
   readers: dict[str, _Rows] = {}
   for name, keys in _weight_files(folder).items():
-    found, reader = _open_safetensors(folder, name)
+    found, reader = open_file(folder, name)
     if keys is not None and (absent := sorted(keys - set(found))):
       raise errors.BadFileError(
         f"{folder / name} lacks the tensor {absent[0]!r}, which {INDEX} places"
@@ -162,7 +163,7 @@ def write_into(
       if len(shards) == 1
       else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     )
-    _write_shard(site, folder / file, source, keys, block_bytes)
+    write_file(site, folder / file, source, keys, block_bytes)
     weight_map.update(dict.fromkeys(keys, file))
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -172,7 +173,21 @@ def write_into(
   if tokenizer is not None:
     tokenizer.save(folder)
     fields.update(text_folder.special_ids(tokenizer))
+    if config.head == "scalar":
+      fields.update(_padding(tokenizer))
   files.write_json(folder / CONFIG, fields)
+
+
+def _padding(tokenizer) -> dict[str, int]:
+  """pad_token_id, by which transformers finds the last token to score.
+
+  A token that ends a turn is not said to pad, whatever the tokenizer says: the
+  score would be read before it. Without one transformers scores row by row.
+  """
+  pad = tokenizer.special_tokens.get(tokenizer.named_tokens.get("pad_token"))
+  if pad is None or pad in (tokenizer.bos_id, *tokenizer.stop_ids):
+    return {}
+  return {"pad_token_id": pad}
 
 
 def _shards(source: weights.Source, shard_bytes: int) -> list[list[str]]:
@@ -188,14 +203,17 @@ def _shards(source: weights.Source, shard_bytes: int) -> list[list[str]]:
   return shards
 
 
-def _write_shard(
+def write_file(
   site: building.Building,
   path: pathlib.Path,
   source: weights.Source,
   keys: Sequence[str],
   block_bytes: int,
 ) -> None:
-  """One safetensors file; its format is eight bytes, JSON and the tensors."""
+  """Writes tensors of a source as one safetensors file in a site.
+
+  Its format is eight bytes, JSON and the tensors.
+  """
   # transformers refuses a file that does not name its framework.
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   # Wide ones first, so that every tensor is aligned to its items.
@@ -246,9 +264,10 @@ def _weight_files(folder: pathlib.Path) -> dict[str, set[str] | None]:
   return placed
 
 
-def _open_safetensors(
+def open_file(
   folder: pathlib.Path, name: str
 ) -> tuple[dict[str, weights.Tensor], _Rows]:
+  """The tensors of a safetensors file of a folder, and a reader of rows."""
   path = files.inside(folder, name)
   size = path.stat().st_size
   with files.opened(path) as raw:

@@ -10,7 +10,11 @@ import numpy as np
 from llama_jax import errors
 from llama_jax.model import config as config_lib
 
-ARCHITECTURE = "LlamaForCausalLM"
+# model.head -> what transformers calls such a model.
+ARCHITECTURES = {
+  "words": "LlamaForCausalLM",
+  "scalar": "LlamaForSequenceClassification",
+}
 
 # our field: names that config.json gives it, newest first
 _FIELDS = {
@@ -56,6 +60,7 @@ def parse(fields: Mapping[str, Any], file: str) -> config_lib.LlamaConfig:
   Raises:
     BadFileError: they are not those of a Llama, or contradict each other.
   """
+  head = _head(fields, file)
   _refuse_other_models(fields, file)
 
   def field(*keys: str) -> Any:
@@ -81,6 +86,7 @@ def parse(fields: Mapping[str, Any], file: str) -> config_lib.LlamaConfig:
   ours["num_kv_heads"] = num_heads if num_kv_heads is None else num_kv_heads
   ours["tied_embeddings"] = bool(fields.get("tie_word_embeddings", False))
   ours["rope_theta"], ours["rope_scaling"] = _rope(fields, file)
+  ours["head"] = head
   try:
     return config_lib.LlamaConfig(**ours)
   except errors.ConfigError as error:
@@ -92,7 +98,7 @@ def write_fields(
 ) -> dict[str, Any]:
   """config.json of weights of dtype, as transformers 4 and 5 want it."""
   fields: dict[str, Any] = {
-    "architectures": [ARCHITECTURE],
+    "architectures": [ARCHITECTURES[config.head]],
     "model_type": "llama",
     "attention_bias": False,
     "mlp_bias": False,
@@ -115,18 +121,42 @@ def write_fields(
     "rope_theta": config.rope_theta,
     **(scaling or {"rope_type": "default"}),
   }
+  if config.head == "scalar":
+    fields |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
   fields["torch_dtype"] = fields["dtype"] = dtype.name
   return fields
 
 
-def _refuse_other_models(fields: Mapping[str, Any], file: str) -> None:
-  architectures = fields.get("architectures")
-  if architectures is not None and architectures != [ARCHITECTURE]:
+def _head(fields: Mapping[str, Any], file: str) -> str:
+  """The model.head of the named architecture; a language model's if none is.
+
+  A reward model is a classifier of one label; transformers takes one that
+  does not say how many for a classifier of two.
+  """
+  named = fields.get("architectures")
+  if named is None:
+    return "words"
+  heads = [head for head, name in ARCHITECTURES.items() if named == [name]]
+  if not heads:
     raise errors.BadFileError(
-      f"{file} has architectures={reprlib.repr(architectures)}; only"
-      f" {[ARCHITECTURE]} is supported."
+      f"{file} has architectures={reprlib.repr(named)}; only"
+      f" {' and '.join(str([name]) for name in ARCHITECTURES.values())} are"
+      " supported."
     )
-  if architectures is None and "model_type" not in fields:
+  if heads == ["scalar"]:
+    labels = fields.get("id2label")
+    stated = isinstance(labels, dict)
+    count = len(labels) if stated else fields.get("num_labels", 2)
+    if count != 1:
+      raise errors.BadFileError(
+        f"{file} is no reward model: it is a classifier of"
+        f" {reprlib.repr(count)} labels (id2label), where 1 is supported."
+      )
+  return heads[0]
+
+
+def _refuse_other_models(fields: Mapping[str, Any], file: str) -> None:
+  if fields.get("architectures") is None and "model_type" not in fields:
     raise errors.BadFileError(
       f"{file} names neither architectures nor model_type, so it is no model"
       " of transformers."

@@ -166,16 +166,16 @@ def write_into(
     block_bytes: of weights in memory at once, about.
 
   Raises:
-    ConfigError: params.json cannot say this configuration, or the model
-      cannot be shared out so.
+    ConfigError: params.json cannot say this configuration, as that of a reward
+      model, or the model cannot be shared out so.
   """
+  source = _with_head(config, weights.as_scheme(config, source, "meta"))
   fields, ours = meta_params.write_fields(config)
   meta_parallel.check_width(config, model_parallel)
   if tokenizer is not None:
     proof.check_vocabulary(config, tokenizer, source.file)
   folder = site.content
   folder.mkdir(exist_ok=True)
-  source = _with_head(config, weights.as_scheme(config, source, "meta"))
   V, R = config.vocab_size, model_parallel
   cut = meta_parallel.cut_tensors(source, V, R)
   with contextlib.ExitStack() as stack:

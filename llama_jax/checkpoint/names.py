@@ -6,7 +6,7 @@ bijection, and a tensor that has no row is an error and never a guess.
 weights.py carries the tensors along this walk.
 
 Shapes: V vocab, D embed, Q num_heads * head_dim, K num_kv_heads * head_dim,
-F mlp, H head dim, L layers. Files keep a linear layer as [out, in]; our
+F mlp, H head dim, L layers, 1 one. Files keep a linear layer as [out, in]; our
 kernels are [in, out], stacked over layers on axis 0.
 
 To add a format: a column here, a line in SCHEMES, one module that makes a
@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llama_jax import errors
 from llama_jax.model import config as config_lib
 
 AS_IS = "as is"
@@ -34,8 +35,8 @@ class Row:
   Attributes:
     path: our path; under layers/ it is stacked over layers.
     hugging_face: the transformers name.
-    gguf: the llama.cpp name.
-    meta: the name in Meta's consolidated.*.pth.
+    gguf: the llama.cpp name, or None where the format has none.
+    meta: the name in Meta's consolidated.*.pth, or None.
     reshape: AS_IS; TRANSPOSE, [out, in] -> [in, out]; ROTARY, the same with
       the rows of each head also brought into our RoPE layout.
     axes: letters of our shape, without L.
@@ -43,8 +44,8 @@ class Row:
 
   path: str
   hugging_face: str
-  gguf: str
-  meta: str
+  gguf: str | None
+  meta: str | None
   reshape: str
   axes: str
 
@@ -95,11 +96,13 @@ TABLE = (
       "norm.weight", AS_IS, "D"),
   Row("head/kernel", "lm_head.weight", "output.weight",
       "output.weight", TRANSPOSE, "DV"),
+  Row("score/kernel", "score.weight", None, None, TRANSPOSE, "D1"),
 )
 # fmt: on
 
 EMBED_PATH = "embed/embedding"
 HEAD_PATH = "head/kernel"
+SCORE_PATH = "score/kernel"
 FINAL_NORM_PATH = "final_norm/scale"
 
 # What fixes the length of an axis, as a user would type it.
@@ -109,6 +112,7 @@ OWNERS = {
   "Q": ("num_heads", "head_dim"),
   "K": ("num_kv_heads", "head_dim"),
   "F": ("mlp_dim",),
+  "1": (),
 }
 
 
@@ -194,17 +198,29 @@ def our_shape(config: config_lib.LlamaConfig, row: Row) -> tuple[int, ...]:
   return (config.num_layers, *shape) if stacked(row) else shape
 
 
+def output_path(config: config_lib.LlamaConfig) -> str:
+  """Of the leaf that the last hidden states are multiplied with."""
+  if config.head == "scalar":
+    return SCORE_PATH
+  return EMBED_PATH if config.tied_embeddings else HEAD_PATH
+
+
 def rows(config: config_lib.LlamaConfig) -> tuple[Row, ...]:
   """The rows of TABLE that this configuration has."""
+  last = output_path(config)
   return tuple(
     row
     for row in TABLE
-    if not (row.path == HEAD_PATH and config.tied_embeddings)
+    if row.path == last or row.path not in (HEAD_PATH, SCORE_PATH)
   )
 
 
 def places(config: config_lib.LlamaConfig, scheme: str) -> Iterator[Place]:
-  """Every tensor that a file of this scheme must hold, layer by layer."""
+  """Every tensor that a file of this scheme must hold, layer by layer.
+
+  Raises:
+    ConfigError: the scheme has no name for one of them.
+  """
   column = SCHEMES[scheme].column
   sizes = axis_sizes(config)
 
@@ -214,6 +230,11 @@ def places(config: config_lib.LlamaConfig, scheme: str) -> Iterator[Place]:
     return Place(name, row, layer, tuple(sizes[a] for a in axes))
 
   table = rows(config)
+  if any(getattr(row, column) is None for row in table):
+    raise errors.ConfigError(
+      f"model.head={config.head} is a reward model, and {scheme}: has no place"
+      " for its score; use hf: or orbax:."
+    )
   first = next(i for i, row in enumerate(table) if stacked(row))
   inner = [row for row in table if stacked(row)]
   yield from (place(row, None) for row in table[:first])

@@ -159,7 +159,7 @@ def reference_logits(
       and softmax are float64.
 
   Returns:
-    logits [R, T, V] of dtype.
+    logits [R, T, V] of dtype; of a reward model its rewards, [R, T, 1].
   """
   where = _LAYOUTS[source.scheme]
   ids = np.asarray(ids)
@@ -231,8 +231,11 @@ def reference_logits(
     x_tD = x_tD + linear(gate_tF * up_tF, block + where.down)
 
   x_tD = norm(x_tD, where.norm)
-  head = where.embed if config.tied_embeddings else where.head
-  return linear(x_tD, head).reshape(R, T, -1)
+  if config.head == "scalar":
+    last = "score"  # in Hugging Face's names: no other scheme has one
+  else:
+    last = where.embed if config.tied_embeddings else where.head
+  return linear(x_tD, last).reshape(R, T, -1)
 
 
 def mean_loss(logits: np.ndarray, ids: Sequence[int]) -> float:

@@ -3,6 +3,7 @@
 DIR/model.json            the LlamaConfig
 DIR/tokenizer/            as Hugging Face keeps it, where there is one
 DIR/checkpoints/STEP/     params; of a run (steps.py) all that it needs
+DIR/lora.json            of a LoRA run, whose params are adapters (adapters.py)
 """
 
 import json
@@ -15,11 +16,13 @@ import numpy as np
 
 from llama_jax import errors
 from llama_jax.checkpoint import (
+  adapters,
   atomic,
   building,
   manifest,
   names,
   orbax,
+  shards,
   steps,
   weights,
   zarr,
@@ -103,11 +106,44 @@ def read_model_tokenizer(folder: pathlib.Path):
 
 
 def read_params(path: str | os.PathLike, shardings=None) -> Any:
-  """Params of an orbax: reference, onto shardings or the first device."""
-  step = _verified(path)
+  """Params of an orbax: reference, onto shardings or the first device.
+
+  Those of a LoRA run are the whole model's.
+  """
+  if adapters.read(locate(path)[0]) is None:
+    return _restore(_verified(path), shardings)
+  config, source = open_tensors(path)
+  if shardings is None:
+    paths = [row.path for row in names.rows(config)]
+    shardings = names.nest(dict.fromkeys(paths, _alone()))
+  return shards.read_params(config, source, shardings)
+
+
+def read_adapters(path: str | os.PathLike) -> tuple[adapters.Kept, Any]:
+  """lora.json and the adapters of a LoRA run.
+
+  Raises:
+    BadFileError: it is none.
+  """
+  folder, _ = locate(path)
+  kept = adapters.read(folder)
+  if kept is None:
+    raise errors.BadFileError(
+      f"orbax:{path} has no {adapters.FILE}: it is no LoRA run but a whole"
+      " model."
+    )
+  return kept, _restore(_verified(path))
+
+
+def _alone() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _restore(step: pathlib.Path, shardings=None) -> Any:
+  """The params of a step as they were saved."""
   with orbax.context() as ocp, orbax.readable(step):
     found = ocp.checkpointables_metadata(step).metadata["params"]
-    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    alone = _alone()
     target = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone),
       found,
@@ -134,6 +170,11 @@ def open_tensors(
   """The configuration and the weights, which lie in our own layout, under
   Hugging Face's names; any rows of them can be read alone."""
   config = read_config(path)
+  folder, _ = locate(path)
+  if adapters.read(folder) is not None:
+    kept, held = read_adapters(path)
+    file = os.fspath(path)
+    return config, adapters.merged(config, folder, kept, held, file)
   step = _verified(path)
   leaves = {}
   with orbax.readable(step):

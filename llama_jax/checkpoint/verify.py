@@ -21,6 +21,9 @@ from llama_jax.model import streamed
 # of size 40; a wrong RoPE layout differs by tens, and its loss by 2 nats.
 MAX_LOGIT_DIFFERENCE = 1e-2
 MAX_LOSS_DIFFERENCE = 1e-3
+# Of rewards, by the largest: two forwards differ by 1e-6 to 3e-6 of it, a wrong
+# RoPE layout by twice its size.
+MAX_REWARD_DIFFERENCE = 1e-3
 
 _MOST_TOKENS = 128
 
@@ -121,25 +124,43 @@ def forward(
   for whose, source, exact in against:
     theirs = proof.reference_logits(config, source, ids, positions=positions)
     for row, where in enumerate(positions):
-      worst, their_loss, our_loss = proof.compare(theirs[row], ours[row], ids)
-      largest = float(np.abs(theirs[row]).max())
+      outcome, alike = _compare(config, theirs[row], ours[row], ids)
       lines.append(
         f"forward  {len(ids)} tokens, positions to {where[-1]:,}: against a"
-        f" second Llama{whose} largest logit difference {worst:.2e} (logits up"
-        f" to {largest:.1f}), mean loss {their_loss:.6f} there and"
-        f" {our_loss:.6f} here, difference"
-        f" {abs(their_loss - our_loss):.1e} nats"
+        f" second Llama{whose} {outcome}"
       )
-      if exact and not (
-        worst <= MAX_LOGIT_DIFFERENCE * max(1.0, largest / 40)
-        and abs(their_loss - our_loss) <= MAX_LOSS_DIFFERENCE
-      ):
+      if exact and not alike:
         raise _refused(
           written,
           "our model does not compute what was read"
           f" ({lines[-1].removeprefix('forward  ')})",
         )
   return lines
+
+
+def _compare(
+  config: config_lib.LlamaConfig,
+  theirs_TV: np.ndarray,
+  ours_TV: np.ndarray,
+  ids: Sequence[int],
+) -> tuple[str, bool]:
+  """How far two forwards are apart, in words, and whether that is little."""
+  largest = float(np.abs(theirs_TV).max())
+  if config.head == "scalar":
+    worst = float(np.abs(theirs_TV - ours_TV).max())
+    outcome = (
+      f"largest reward difference {worst:.2e} (rewards up to {largest:.3g})"
+    )
+    return outcome, worst <= MAX_REWARD_DIFFERENCE * largest
+  worst, their_loss, our_loss = proof.compare(theirs_TV, ours_TV, ids)
+  apart = abs(their_loss - our_loss)
+  outcome = (
+    f"largest logit difference {worst:.2e} (logits up to {largest:.1f}), mean"
+    f" loss {their_loss:.6f} there and {our_loss:.6f} here, difference"
+    f" {apart:.1e} nats"
+  )
+  alike = worst <= MAX_LOGIT_DIFFERENCE * max(1.0, largest / 40)
+  return outcome, alike and apart <= MAX_LOSS_DIFFERENCE
 
 
 def built_in_ids(config: config_lib.LlamaConfig, tokenizer) -> list[int]:
@@ -158,11 +179,16 @@ def our_logits(
   positions_RT: np.ndarray,
   block_bytes: int,
 ) -> np.ndarray:
-  """Our own model on a source, a layer at a time: float32 [R, T, V]."""
+  """Our own model on a source, a layer at a time: float32 [R, T, V], V = 1 of
+  a reward model."""
   halves = weights.as_scheme(config, source, "hf")
-  embed, head, norm = (
+  embed, last, norm = (
     names.name_of(path, "hf")
-    for path in (names.EMBED_PATH, names.HEAD_PATH, names.FINAL_NORM_PATH)
+    for path in (
+      names.EMBED_PATH,
+      names.output_path(config),
+      names.FINAL_NORM_PATH,
+    )
   )
   table = {i: halves.rows(embed, i, i + 1)[0] for i in sorted(set(ids))}
   embedded_TD = np.stack([table[i] for i in ids]).astype(np.float32)
@@ -180,8 +206,7 @@ def our_logits(
     return names.nest(leaves)
 
   def blocks() -> Iterator[np.ndarray]:
-    whole = embed if config.tied_embeddings else head
-    for span in halves.spans([whole], block_bytes):
+    for span in halves.spans([last], block_bytes):
       yield halves.rows(*span)
 
   return streamed.logits(

@@ -423,12 +423,14 @@ def check_params(
   if missing := sorted(set(shapes) - set(leaves)):
     raise errors.BadFileError(
       f"params lack {', '.join(missing)}, which the configuration demands"
-      f" (model.tied_embeddings={config.tied_embeddings})."
+      f" (model.head={config.head}, model.tied_embeddings="
+      f"{config.tied_embeddings})."
     )
   if unexpected := sorted(set(leaves) - set(shapes)):
     raise errors.BadFileError(
       f"params hold {', '.join(unexpected)}, which the configuration has no"
-      f" place for (model.tied_embeddings={config.tied_embeddings})."
+      f" place for (model.head={config.head}, model.tied_embeddings="
+      f"{config.tied_embeddings})."
     )
   for path, shape in shapes.items():
     if tuple(leaves[path].shape) != shape:
@@ -448,6 +450,8 @@ def _demand(config: config_lib.LlamaConfig, place: names.Place) -> str:
     return f"model.num_layers={config.num_layers}"
   if place.row.path == names.HEAD_PATH:
     return "model.tied_embeddings=False"
+  if place.row.path == names.SCORE_PATH:
+    return "model.head=scalar"
   return "every Llama"
 
 
@@ -463,7 +467,8 @@ def _contradicted(
     wrong = [axis for axis, have, want in triples if have != want]
   return " and ".join(
     " x ".join(
-      f"model.{name}={getattr(config, name)}" for name in names.OWNERS[axis]
+      f"model.{name}={getattr(config, name)}"
+      for name in names.OWNERS[axis] or ("head",)
     )
     for axis in wrong
   )
@@ -489,9 +494,9 @@ def _refuse_strangers(
   name = strangers[0]
   shape = list(source.tensors[name].shape)
   column = names.SCHEMES[source.scheme].column
-  for row in names.TABLE:
+  for row in filter(names.stacked, names.TABLE):
     pattern = re.escape(getattr(row, column)).replace(r"\{layer\}", r"(\d+)")
-    if names.stacked(row) and re.fullmatch(pattern, name):
+    if re.fullmatch(pattern, name):
       raise errors.BadFileError(
         f"{source.file} holds the tensor {name} {shape}, which is beyond"
         f" model.num_layers={config.num_layers}."
@@ -499,5 +504,5 @@ def _refuse_strangers(
   raise errors.BadFileError(
     f"{source.file} holds the tensor {name} {shape}"
     f" ({len(strangers)} unknown in all), which has no place in a Llama"
-    f" with model.num_layers={config.num_layers}."
+    f" with model.num_layers={config.num_layers} and model.head={config.head}."
   )

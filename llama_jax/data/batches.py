@@ -19,6 +19,11 @@ from llama_jax.data import ramp as ramp_lib
 
 # Steps read ahead of the one that trains.
 AHEAD = 4
+# What data.text holds.
+DOCUMENTS = "documents"
+CONVERSATIONS = "conversations"
+PREFERENCES = "preferences"
+FORMS = (DOCUMENTS, CONVERSATIONS, PREFERENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,8 @@ class DataConfig:
 
   Attributes:
     text: a path or several, tokenized and packed at the start: JSONL, text, gz,
-      or folders of them. Or
+      or folders of them; with another form than documents also {source: paths},
+      to be mixed. Or
     prepared: a folder that `prepare` wrote.
     mixture: source of the prepared folder -> its weight, or the same as text,
       "books:50,code:17"; empty for in proportion to their sizes.
@@ -43,9 +49,16 @@ class DataConfig:
     tokenizer: a tokenizer's file or folder; "" takes that of init; "train"
       trains one on text, with the model's vocabulary. What is prepared has its
       own, and another is refused.
+    form: one of FORMS; data/dialogs.py says what conversations and preferences
+      look like.
+    chat_template: of these, a name of text/templates.py or a file; "" takes
+      the tokenizer's own.
+    packed: several examples share a row without seeing each other; False gives
+      each its own, filled with padding.
+    max_skipped: the largest share of a source's rows that may be unusable.
   """
 
-  text: str | tuple[str, ...]
+  text: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]]
   prepared: str
   mixture: Mapping[str, float] | str
   later_mixtures: tuple[tuple[int, Mapping[str, float] | str], ...]
@@ -56,8 +69,32 @@ class DataConfig:
   workers: int
   seed: int
   tokenizer: str
+  form: str = DOCUMENTS
+  chat_template: str = ""
+  packed: bool = True
+  max_skipped: float = 0.05
 
   def __post_init__(self):
+    if self.form not in FORMS:
+      raise errors.ConfigError(
+        f"data.form={self.form!r} is not known; use one of {', '.join(FORMS)}."
+      )
+    if not 0 <= self.max_skipped <= 1:
+      raise errors.ConfigError(
+        f"data.max_skipped={self.max_skipped} must lie between 0 and 1."
+      )
+    if self.form == DOCUMENTS:
+      for name in ("chat_template", "packed"):
+        if getattr(self, name) != getattr(DataConfig, name):
+          raise errors.ConfigError(
+            f"data.{name}={getattr(self, name)!r} is for conversations and"
+            " preferences; name one with data.form."
+          )
+    elif self.prepared or self.infill_rate:
+      raise errors.ConfigError(
+        f"data.form={self.form} is read from data.text, without"
+        " data.prepared and data.infill_rate."
+      )
     for name in ("sequence_length", "workers"):
       if getattr(self, name) < 1:
         raise errors.ConfigError(
@@ -77,12 +114,25 @@ class DataConfig:
         " one of them, --config.data.text=FILE_OR_FOLDER or"
         " --config.data.prepared=DIR."
       )
-    if self.text and (self.mixture or self.later_mixtures):
+    named = hasattr(self.text, "items")
+    if named and self.form == DOCUMENTS:
+      raise errors.ConfigError(
+        "data.text names several sources, which documents have in"
+        " data.prepared alone; or set data.form."
+      )
+    if self.text and not named and (self.mixture or self.later_mixtures):
       raise errors.ConfigError(
         "data.mixture is for the sources of data.prepared; data.text is one"
         " source."
       )
     self.mixtures()  # refuses what is none
+
+  @property
+  def texts(self) -> dict[str, str | tuple[str, ...]]:
+    """Paths of data.text by source; the only one is called text."""
+    if hasattr(self.text, "items"):  # a ConfigDict is no Mapping
+      return dict(self.text.items())
+    return {"text": self.text}
 
   def mixtures(self) -> list[tuple[int, dict[str, float]]]:
     """(from_tokens, weights by source) of each; the first is from 0."""
@@ -190,7 +240,8 @@ class Batches:
       if number != read:
         draw = self.mixture.draw(place.row + number)
         row, read = self._rows[draw.source][draw.index], number
-      parts.append(packing.inputs(row, cut * T, T, self._separate))
+      inputs = packing.inputs(row, cut * T, T, self._separate)
+      parts.append(inputs | row.get("extra", {}))
       whose.append(draw.source)
     batch = {name: np.stack([p[name] for p in parts]) for name in parts[0]}
     return batch | {"sources": np.array(whose, np.int32)}

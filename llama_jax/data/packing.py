@@ -4,9 +4,11 @@ A row is R + 1 tokens, of which each of the first R predicts the next:
 
   tokens, segments, positions  int32 [R + 1]
   documents                    int64 [number of segments]
+  trained                      bool [R + 1], only where not all of it is true
 
 Segments number the row's documents from 1 on (0 is padding), positions count
-from 0 in each, documents[segment - 1] says which document it is.
+from 0 in each, documents[segment - 1] says which document it is. A document of
+several parts, such as the answers to one prompt, has a segment for each.
 
 Plain documents lie end to end, over as many rows as they need. A row whose
 last document goes on is followed by one that begins with its last token again:
@@ -36,11 +38,17 @@ class Document:
   Attributes:
     index: its place in the input, which rows carry along.
     whole: it lies in one row; then it has no more tokens than a row has.
+    trained: of a whole one, for each id, whether the model is to say it; None
+      for all.
+    parts: of a whole one, lengths of sequences that do not see each other;
+      () for one.
   """
 
   ids: Sequence[int] | np.ndarray
   index: int
   whole: bool = False
+  trained: Sequence[bool] | np.ndarray | None = None
+  parts: tuple[int, ...] = ()
 
 
 class _Row:
@@ -50,6 +58,7 @@ class _Row:
     self.tokens = np.full(size, PADDING, np.int32)
     self.segments = np.zeros(size, np.int32)
     self.positions = np.zeros(size, np.int32)
+    self.trained: np.ndarray | None = None
     self.documents: list[int] = []
     self.used = 0
 
@@ -65,22 +74,41 @@ class _Row:
     self.positions[where] = np.arange(len(ids))
     self.used += len(ids)
 
+  def add_whole(self, document: Document) -> None:
+    ids = np.asarray(document.ids, np.int32)
+    if document.trained is not None:
+      if self.trained is None:
+        self.trained = np.ones(len(self.tokens), bool)
+      where = slice(self.used, self.used + len(ids))
+      self.trained[where] = document.trained
+    ends = np.cumsum(document.parts)[:-1] if document.parts else []
+    for part in np.split(ids, ends):
+      self.add(part, document.index)
+
   def arrays(self) -> dict[str, np.ndarray]:
-    return {
+    arrays = {
       "tokens": self.tokens,
       "segments": self.segments,
       "positions": self.positions,
       "documents": np.array(self.documents, np.int64),
     }
+    if self.trained is not None:
+      arrays["trained"] = self.trained
+    return arrays
 
 
 def pack(
-  documents: Iterable[Document], row_length: int
+  documents: Iterable[Document], row_length: int, together: bool = True
 ) -> Iterator[dict[str, np.ndarray]]:
   """Rows of row_length + 1 tokens, as the module says.
 
   Whole documents go largest first into the room that is left; a plain one
   fills what they leave. Only where neither fits, and at the end, is padding.
+
+  Args:
+    documents: in any order.
+    row_length: R.
+    together: False gives every whole document a row of its own.
 
   Raises:
     ConfigError: row_length < 1, or a whole document has more tokens.
@@ -111,9 +139,12 @@ def pack(
         age += 1
         # The elder of two of a size counts as the larger.
         bisect.insort(waiting, (len(document.ids), -age, document))
-    if fits := bisect.bisect_right(waiting, (row.room, 1)):
-      document = waiting.pop(fits - 1)[2]
-      row.add(np.asarray(document.ids, np.int32), document.index)
+    room = row.room if together or not row.used else 0
+    if fits := bisect.bisect_right(waiting, (room, 1)):
+      row.add_whole(waiting.pop(fits - 1)[2])
+      if not together:
+        yield row.arrays()
+        row = _Row(row_length + 1)
     elif plain is not None:
       ids = np.asarray(plain.ids, np.int32)
       while len(ids) > row.room:
@@ -148,6 +179,7 @@ def inputs(
 
   Returns:
     tokens, targets, positions, segments int32 and loss_mask float32, [length].
+    loss_mask is 0 too where the next token is not trained.
   """
   if not 0 <= start <= start + length < len(row["tokens"]):
     raise ValueError(
@@ -168,6 +200,8 @@ def inputs(
     loss_mask = next_segments > 0
     segments = np.minimum(segments, 1)
     positions = np.arange(length, dtype=np.int32) * segments
+  if "trained" in row:
+    loss_mask = loss_mask & row["trained"][after]
   return {
     "tokens": row["tokens"][here],
     "targets": row["tokens"][after],

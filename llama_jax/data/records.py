@@ -1,4 +1,6 @@
-"""Documents of one file, and what in it is none: lines, Parquet, plain text.
+"""Records of one file, and what in it is none: lines, Parquet, plain text.
+
+A record is a text, or where no field is named the whole JSON object.
 
 Whatever is wrong with a record is handed out in its place, so the caller
 decides how much of it to bear. No record takes more memory than the limit.
@@ -12,6 +14,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 FORMATS = ("jsonl", "text", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
@@ -50,12 +53,13 @@ def format_of(path: pathlib.Path) -> str:
 
 
 class Records:
-  """The records of a file, each a text or Bad, in order.
+  """The records of a file, each a text (or an object) or Bad, in order.
 
   Args:
     path: .gz and .zst are unpacked on the way.
     format: one of FORMATS; "" goes by the suffix.
-    field: the key or column of the text; a text file has none.
+    field: the key or column of the text; a text file has none. None for whole
+      objects, which a file that is one JSON array (.json) may hold too.
     limit: most bytes of a record.
   """
 
@@ -63,7 +67,7 @@ class Records:
     self,
     path: pathlib.Path,
     format: str = "",
-    field: str = "text",
+    field: str | None = "text",
     limit: int = 1 << 30,
   ):
     self._path = path
@@ -77,8 +81,12 @@ class Records:
     """Bytes of the file that have been read."""
     return self._raw.tell() if self._raw and not self._raw.closed else 0
 
-  def __iter__(self) -> Iterator[str | Bad]:
+  def __iter__(self) -> Iterator[str | dict[str, Any] | Bad]:
     read = {"jsonl": self._lines, "text": self._text, "parquet": self._parquet}
+    if self._field is None:
+      # What is not called .jsonl may hold lines all the same.
+      array = ".json" in self._path.suffixes
+      read["text"] = self._array if array else self._lines
     try:
       with open(self._path, "rb") as self._raw:
         yield from read[self._format]()
@@ -107,7 +115,24 @@ class Records:
     except UnicodeDecodeError as error:
       yield Bad("", f"byte {error.start} is not UTF-8 text", binary=True)
 
-  def _lines(self) -> Iterator[str | Bad]:
+  def _array(self) -> Iterator[dict[str, Any] | Bad]:
+    content = self._unpacked().read(self._limit + 1)
+    if len(content) > self._limit:
+      yield too_long("", self._limit)
+      return
+    try:
+      found = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+      yield Bad("", f"not JSON ({error})")
+      return
+    if not isinstance(found, list) or not found:
+      yield Bad("", "not a JSON array of objects; lines of them are .jsonl")
+      return
+    for number, row in enumerate(found, 1):
+      where = f"element {number}"
+      yield row if isinstance(row, dict) else Bad(where, "not a JSON object")
+
+  def _lines(self) -> Iterator[str | dict[str, Any] | Bad]:
     number = 0
     try:
       file = self._unpacked()
@@ -126,23 +151,29 @@ class Records:
     if not number:
       yield Bad("", "is empty")
 
-  def _row(self, line: bytes, number: int) -> str | Bad:
+  def _row(self, line: bytes, number: int) -> str | dict[str, Any] | Bad:
     where = f"line {number}"
     try:
       row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
       return Bad(where, f"not a JSON object ({error})")
+    if self._field is None:
+      return row if isinstance(row, dict) else Bad(where, "not a JSON object")
     if not isinstance(row, dict) or not isinstance(row.get(self._field), str):
       return Bad(where, f'needs an object with a string "{self._field}"')
     return _checked(row[self._field], where)
 
-  def _parquet(self) -> Iterator[str | Bad]:
+  def _parquet(self) -> Iterator[str | dict[str, Any] | Bad]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
       file = parquet.ParquetFile(self._raw)
+      if self._field is None:
+        for batch in file.iter_batches(_BATCH):
+          yield from batch.to_pylist()
+        return
       if self._field not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         yield Bad("", f'has no column "{self._field}"; it has {names}')

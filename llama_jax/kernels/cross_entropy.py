@@ -34,7 +34,7 @@ def project(x_BTD, head, *, tied: bool) -> jax.Array:
   return logits_tV.reshape(B, T, -1)
 
 
-def _chunks(x_BTD, *others_BT):
+def cut_chunks(x_BTD, *others_BT):
   """Cuts [B, T, ...] along T into a leading axis of chunks, padded by zeros.
 
   Along T and not along tokens, so that a batch sharded on B stays in place.
@@ -51,15 +51,28 @@ def _chunks(x_BTD, *others_BT):
   return tuple(cut(a) for a in (x_BTD, *others_BT))
 
 
-def _join(chunks, T):
-  """The inverse of _chunks for one array."""
+def join_chunks(chunks, T):
+  """The inverse of cut_chunks for one array."""
   joined = jnp.moveaxis(chunks, 0, 1)
   return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :T]
 
 
-def _chosen(logits_BCV, targets_BC):
+def pick(logits_BCV, targets_BC):
   """The logit of each target, [B, C]."""
   return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def pull_back(d_BCV, x_BCD, head, tied) -> tuple[jax.Array, jax.Array]:
+  """A chunk's gradients by x (x's dtype) and head (float32), from the logits'.
+
+  All products give float32 (kernels/matmul.py says why).
+  """
+  B, C, D = x_BCD.shape
+  d_tV = d_BCV.astype(x_BCD.dtype).reshape(B * C, -1)
+  x_tD = x_BCD.reshape(B * C, D)
+  d_x_tD = matmul.product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
+  d_head = matmul.product(*((d_tV, x_tD) if tied else (x_tD, d_tV)), 0, 0)
+  return d_x_tD.astype(x_BCD.dtype).reshape(B, C, D), d_head
 
 
 def _losses(x_BTD, head, targets_BT, tied):
@@ -69,10 +82,12 @@ def _losses(x_BTD, head, targets_BT, tied):
     x_BCD, targets_BC = chunk
     logits_BCV = project(x_BCD, head, tied=tied)
     log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    return None, (log_sum_BC - _chosen(logits_BCV, targets_BC), log_sum_BC)
+    return None, (log_sum_BC - pick(logits_BCV, targets_BC), log_sum_BC)
 
-  _, each = jax.lax.scan(one, None, _chunks(x_BTD, targets_BT))
-  return tuple(_join(chunks, x_BTD.shape[1]) for chunks in each)
+  # Where it is differentiated, a chunk's logits are made again and not kept.
+  body = jax.checkpoint(one, prevent_cse=False)
+  _, each = jax.lax.scan(body, None, cut_chunks(x_BTD, targets_BT))
+  return tuple(join_chunks(a, x_BTD.shape[1]) for a in each)
 
 
 def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
@@ -80,7 +95,11 @@ def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
 
 
 def token_nll(x_BTD, head, targets_BT, *, tied: bool) -> jax.Array:
-  """Negative log-likelihood of each target in nats, float32 [B, T]."""
+  """Negative log-likelihood of each target in nats, float32 [B, T].
+
+  For losses in which a token's weight hangs on other tokens. Its gradient takes
+  four matrix products where loss_sum's takes three.
+  """
   return _losses(x_BTD, head, targets_BT, tied)[0]
 
 
@@ -112,7 +131,6 @@ def loss_sum(
 def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
   def one(d_head, chunk):
     x_BCD, targets_BC, weights_BC = chunk
-    B, C, D = x_BCD.shape
     logits_BCV = project(x_BCD, head, tied=tied)
     # One exponential for the loss and for its gradient: without the barrier
     # XLA computes it twice (1.4x on this function in bfloat16 on CPU).
@@ -122,28 +140,23 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
     )
     sum_BC = jnp.sum(exps_BCV, axis=-1)
     log_sum_BC = jnp.log(sum_BC) + most_BC
-    nll_BC = log_sum_BC - _chosen(logits_BCV, targets_BC)
+    nll_BC = log_sum_BC - pick(logits_BCV, targets_BC)
     # What the loss moves by with log_sum, whose gradient is the probability.
     slope_BC = 1 + 2 * z_loss * log_sum_BC
     probs_BCV = exps_BCV * (slope_BC / sum_BC)[..., None]
     words_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
     hit_BCV = (words_BCV == targets_BC[..., None]).astype(jnp.float32)
-    d_tV = (probs_BCV - hit_BCV) * weights_BC[..., None]
-    d_tV = d_tV.astype(x_BCD.dtype).reshape(B * C, -1)
-    x_tD = x_BCD.reshape(B * C, D)
-    # All products give float32 (kernels/matmul.py says why).
-    d_x_tD = matmul.product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
-    pair = (d_tV, x_tD) if tied else (x_tD, d_tV)
-    d_head = d_head + matmul.product(*pair, 0, 0)
-    d_x_BCD = d_x_tD.astype(x_BCD.dtype).reshape(B, C, D)
+    d_BCV = (probs_BCV - hit_BCV) * weights_BC[..., None]
+    d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
+    d_head = d_head + by_head
     return d_head, (d_x_BCD, nll_BC, log_sum_BC)
 
   d_head, each = jax.lax.scan(
     one,
     jnp.zeros(head.shape, jnp.float32),
-    _chunks(x_BTD, targets_BT, weights_BT),
+    cut_chunks(x_BTD, targets_BT, weights_BT),
   )
-  d_x_BTD, nll_BT, log_sum_BT = (_join(a, x_BTD.shape[1]) for a in each)
+  d_x_BTD, nll_BT, log_sum_BT = (join_chunks(a, x_BTD.shape[1]) for a in each)
   total = _total(nll_BT, log_sum_BT, weights_BT, z_loss)
   # An empty array carries the head's dtype, which a residual cannot.
   return (total, nll_BT), (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))

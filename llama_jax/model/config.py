@@ -1,6 +1,6 @@
 """What makes one Llama differ from another.
 
-Every number here is owned by the architecture: there are no defaults, so a
+Every number here is owned by the architecture and has no default, so that a
 value can only come from a preset, a checkpoint or a config file.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 from llama_jax import errors
 
 ROPE_KINDS = ("llama3", "linear")
+HEADS = ("words", "scalar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,10 @@ class LlamaConfig:
     rope_theta: base of the rotary wavelengths.
     rope_scaling: how they are stretched, or None.
     context_length: positions that the model was trained for.
-    tied_embeddings: the head is the transposed embedding.
+    tied_embeddings: the head is the transposed embedding; means nothing with
+      head="scalar".
+    head: "words", a language model; or "scalar", a reward model (Llama 2,
+      arXiv:2307.09288, 3.2.2): one number a token in place of the logits.
   """
 
   vocab_size: int
@@ -99,6 +103,7 @@ class LlamaConfig:
   rope_scaling: RopeScaling | None
   context_length: int
   tied_embeddings: bool
+  head: str = "words"
 
   def __post_init__(self):
     for name in (
@@ -133,6 +138,10 @@ class LlamaConfig:
       raise errors.ConfigError(
         f"model.rope_theta={self.rope_theta} must be positive."
       )
+    if self.head not in HEADS:
+      raise errors.ConfigError(
+        f"model.head={self.head!r} is not known; use one of {', '.join(HEADS)}."
+      )
 
   @property
   def num_groups(self) -> int:
@@ -152,6 +161,8 @@ class LlamaConfig:
       scaling = {"kind": "llama3", **scaling}
       _check_names(RopeScaling, scaling, "model.rope_scaling")
       fields["rope_scaling"] = RopeScaling(**scaling)
+    # Before there were reward models, none was said.
+    fields = {"head": "words", **fields}
     _check_names(cls, fields, "model")
     return cls(**fields)
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import errors, kernels
-from llama_jax.kernels import cross_entropy, fp8, int8, reference
-from llama_jax.model import attention, linear, mlp, norm, rope
+from llama_jax.kernels import cross_entropy, divergence, fp8, int8, reference
+from llama_jax.model import attention, heads, linear, mlp, norm, rope
 from llama_jax.model import config as config_lib
 from llama_jax.parallel import rules
 
@@ -122,7 +122,9 @@ class Decoder(nn.Module):
     else:
       self.layers = [Block(*fields, True) for i in range(config.num_layers)]
     self.final_norm = linear.Scale(D)
-    if not config.tied_embeddings:
+    if config.head == "scalar":
+      self.score = heads.Score(D, not self.scan)
+    elif not config.tied_embeddings:
       self.head = Head(D, V, not self.scan)
 
   def hidden(self, ids_BT, positions_BT, segments_BT, cache=None):
@@ -156,6 +158,11 @@ class Decoder(nn.Module):
     return x_BTD, cache
 
   def _head(self) -> jax.Array:
+    if self.config.head != "words":
+      raise errors.ConfigError(
+        f"model.head={self.config.head} is a reward model, which gives rewards"
+        " and no logits; name a language model."
+      )
     return self.embed() if self.config.tied_embeddings else self.head()
 
   @property
@@ -206,6 +213,24 @@ class Decoder(nn.Module):
       x_BTD, self._head(), targets_BT, tied=self._head_rows
     )
 
+  def states(self, ids_BT, positions_BT, segments_BT) -> divergence.States:
+    """What logits are made of, for losses that make them in chunks."""
+    x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
+    return divergence.States(x_BTD, self._head(), self._head_rows)
+
+  def rewards(self, ids_BT, positions_BT, segments_BT) -> jax.Array:
+    """A reward model's score of the text up to each token, float32 [B, T].
+
+    That of a whole text is its last token's (arXiv:2307.09288, 3.2.2).
+    """
+    if self.config.head != "scalar":
+      raise errors.ConfigError(
+        f"model.head={self.config.head} is a language model, which gives no"
+        " rewards; train one with a reward objective, or name a reward model."
+      )
+    x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
+    return self.score(x_BTD)
+
 
 class Embedding(nn.Module):
   """One row per word, float32 [V, D] at initialisation."""
@@ -245,7 +270,8 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   token = jnp.zeros((1, 1), jnp.int32)
   # Which kernel attends is no matter to params, and one runs everywhere.
   decoder = decoder.clone(attention="reference")
-  return decoder.init(key, token, token, token)["params"]
+  method = "rewards" if decoder.config.head == "scalar" else None
+  return decoder.init(key, token, token, token, method=method)["params"]
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +290,37 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     for i in range(count)
   }
   return turned(rest | layers)
+
+
+# Module of a layer -> the matrix that merge makes, of which.
+MERGED = {
+  "attention": ("qkv", ("query", "key", "value")),
+  "mlp": ("gate_up", ("gate", "up")),
+}
+
+
+def merge(params: dict[str, Any]) -> dict[str, Any]:
+  """Unrolled params with one matrix for all that the same x is multiplied by.
+
+  Rows of query, key and value stand one after the other in "qkv", those of
+  gate and up in "gate_up"; modules take either form, quantized or not. Fewer
+  and larger products are what a GPU wants; a CPU gains nothing. For one device
+  alone: equal parts of such rows are not parts of the heads.
+  """
+
+  def merged(layer):
+    layer = dict(layer)
+    for module, (name, parts) in MERGED.items():
+      held = dict(layer[module])
+      taken = [held.pop(part) for part in parts]
+      held[name] = jax.tree.map(lambda *rows: jnp.concatenate(rows), *taken)
+      layer[module] = held
+    return layer
+
+  return {
+    name: merged(tree) if name.startswith("layers_") else tree
+    for name, tree in params.items()
+  }
 
 
 def grow_vocabulary(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -1,12 +1,30 @@
 """Next-token prediction: pretraining and, by its mask, finetuning."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 
 
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """It has no knob of its own: what is trained, the data says."""
+
+
+def source_sums(nll_BT, batch, num_sources: int) -> dict[str, tuple]:
+  """source_loss and source_tokens of trained tokens, [num_sources] both."""
+  mask_BT = batch["loss_mask"]
+
+  def by_source(per_row_B):
+    return jax.ops.segment_sum(per_row_B, batch["sources"], num_sources)
+
+  tokens = by_source(mask_BT.sum(-1))
+  nll = by_source((nll_BT * mask_BT).sum(-1))
+  return {"source_loss": (nll, tokens), "source_tokens": (tokens, None)}
+
+
 def make(loss_sum: Callable, num_sources: int) -> Callable:
-  """The objective of a decoder.
+  """The objective of a decoder, see objectives/__init__.py.
 
   Args:
     loss_sum: (params, ids, positions, segments, targets, weights) -> the sum
@@ -16,9 +34,8 @@ def make(loss_sum: Callable, num_sources: int) -> Callable:
       int32 [B].
 
   Returns:
-    (params, batch, frozen) -> (loss_sum, (count, sums)): a sum and the tokens
-    it was taken over, so that parts of a batch add up to the whole; sums has
-    "source": (negative log-likelihood, tokens) of each source, [S] both.
+    An objective that counts tokens. Its sums: source_loss and source_tokens,
+    [num_sources] both.
   """
 
   def objective(params, batch, frozen=None):
@@ -32,11 +49,7 @@ def make(loss_sum: Callable, num_sources: int) -> Callable:
       batch["targets"],
       mask_BT,
     )
-
-    def by_source(per_row_B):
-      return jax.ops.segment_sum(per_row_B, batch["sources"], num_sources)
-
-    sums = (by_source((nll_BT * mask_BT).sum(-1)), by_source(mask_BT.sum(-1)))
-    return total, (mask_BT.sum(), {"source": sums})
+    sums = source_sums(nll_BT, batch, num_sources)
+    return total, (mask_BT.sum(), sums)
 
   return objective

@@ -22,7 +22,10 @@ it is refused, as in Meta's code. The other formats are made of special tokens,
 which no message can write.
 """
 
+import os
+
 from llama_jax import errors
+from llama_jax.text import files
 from llama_jax.text import tokenizer as tokenizer_lib
 
 _LLAMA2 = r"""
@@ -194,6 +197,34 @@ def for_model(name: str) -> str | None:
   """
   fitting = [start for start in _MODELS if name.startswith(start)]
   return _MODELS[max(fitting, key=len)] if fitting else None
+
+
+def choose(tokenizer: tokenizer_lib.Tokenizer, given: str, knob: str) -> None:
+  """Sets a tokenizer's chat template to the one that a knob gives.
+
+  given: a key of TEMPLATES, or a file of Jinja.
+
+  Raises:
+    UserError: it is neither, or ends its turns with a token that the tokenizer
+      does not have.
+  """
+  if given in TEMPLATES:
+    tokenizer.chat_template = None
+    give(tokenizer, given)
+    return
+  if not os.path.isfile(given):
+    raise errors.UserError(
+      f"{knob}={given} is no file; give one of Jinja, or one of"
+      f" {', '.join(TEMPLATES)}."
+    )
+  with files.opened(given) as file:
+    content = file.read()
+  try:
+    tokenizer.chat_template = content.decode()
+  except UnicodeDecodeError as error:
+    raise errors.BadFileError(
+      f"{knob}={given} is not UTF-8: {error}."
+    ) from error
 
 
 def give(tokenizer: tokenizer_lib.Tokenizer, name: str) -> None:

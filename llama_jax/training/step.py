@@ -11,7 +11,7 @@ from llama_jax.training import state as state_lib
 
 
 def accumulate(objective: Callable, params, microbatches, frozen=None):
-  """((loss sum, (token count, sums)), gradient sum) over [A, B, ...].
+  """((loss sum, (count, sums)), gradient sum) over [A, B, ...].
 
   Sums, not means: k microbatches give what one batch of all rows gives.
   """
@@ -45,15 +45,15 @@ def make(
   bitwise as they were; state.guard counts it.
 
   Args:
-    objective: see objectives/next_token.py.
+    objective: see objectives/__init__.py.
     optimizer: gives a direction, see optimizer.make.
     spike_factor: see guard.judge.
     layer_norms: give the norms of every array's gradient and params too.
 
-  Metrics: loss (what is minimised, a mean over scored tokens), grad_norm
-  (before clipping), param_norm, tokens (that were scored), skipped (in all),
-  skipped_in_row, gradient_hash (uint32 [2], see checksum). For each pair of
-  sums that the objective names, NAME_loss and NAME_tokens: mean and count.
+  Metrics: loss (what is minimised, a mean over what the objective counts),
+  scored (of how many), grad_norm (before clipping), param_norm, skipped (in
+  all), skipped_in_row, gradient_hash (uint32 [2], see checksum), and what the
+  objective's sums tell.
   """
 
   def update(
@@ -92,20 +92,30 @@ def make(
       "loss": loss,
       "grad_norm": norm,
       "param_norm": optax.global_norm(params),
-      "tokens": count,
+      "scored": count,
       "skipped": guard.skipped,
       "skipped_in_row": guard.in_row,
       "gradient_hash": checksum(gradients),
     }
-    for name, (part, tokens) in sums.items():
-      metrics[f"{name}_loss"] = part / jnp.maximum(tokens, 1)
-      metrics[f"{name}_tokens"] = tokens
+    metrics |= tell(sums)
     if layer_norms:
       metrics["layer_grad_norms"] = _norms(gradients)
       metrics["layer_param_norms"] = _norms(params)
     return new, metrics
 
   return update
+
+
+def tell(sums) -> dict[str, jax.Array]:
+  """What an objective's sums say: means (of nothing, NaN), and plain sums."""
+
+  def mean(part, count):
+    return jnp.where(count > 0, part / jnp.maximum(count, 1), jnp.nan)
+
+  return {
+    name: part if count is None else mean(part, count)
+    for name, (part, count) in sums.items()
+  }
 
 
 def checksum(tree) -> jax.Array:

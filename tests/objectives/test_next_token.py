@@ -27,7 +27,8 @@ def test_sum_and_count_by_hand():
   assert total == 2 * (61005 + 82007)
   assert count == 2
   # All of it is source 1's; what params weigh is not told.
-  losses, tokens = sums["source"]
+  (losses, tokens), (same, none) = sums.values()
+  assert none is None and same is tokens
   assert losses.tolist() == [0, 61005 + 82007, 0]
   assert tokens.tolist() == [0, 2, 0]
 

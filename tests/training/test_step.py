@@ -95,7 +95,7 @@ def test_microbatches_of_unequal_counts_equal_one_batch(parts):
     state_lib.create(params, optimizer), split(batch, parts)
   )
   loss, gradient = line_gradient(params, batch)
-  assert metrics["tokens"] == 7
+  assert metrics["scored"] == 7
   np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
   np.testing.assert_allclose(
     metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6
@@ -134,7 +134,7 @@ def test_microbatches_of_the_model_equal_one_batch(random_params):
   assert count == want_count == 23
   np.testing.assert_allclose(total, want_total, rtol=1e-6)
   # Rows 1 and 3 are source 0's, rows 0 and 2 source 2's.
-  losses, tokens = sums["source"]
+  losses, tokens = sums["source_loss"]
   assert tokens.tolist() == [12 + 7, 0, 1 + 3]
   for source, rows in ((0, [1, 3]), (2, [0, 2])):
     alone = jax.tree.map(lambda a, r=rows: a[:, r], batch)

@@ -1,0 +1,212 @@
+"""SFT, a reward model and DPO as verbs, on random weights and a few rows."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from llama_jax import experiment, learning, shell
+from llama_jax.training import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs/finetune").glob("*.py"))
+QUESTIONS = ["red", "blue", "green", "grey", "pink", "white", "black", "brown"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  talks = [
+    {"instruction": f"Is {one} a colour?", "output": f"Yes, {one} is."}
+    for one in QUESTIONS * 3
+  ]
+  pairs = [
+    {
+      "prompt": f"Is {one} {two}?",
+      "chosen": "Yes." if one == two else "No.",
+      "rejected": "What a strange thing to ask.",
+      "rating": ["better", "unsure"][index % 2],
+    }
+    for one in QUESTIONS
+    for index, two in enumerate(QUESTIONS[:3])
+  ]
+  for name, rows in (("talks", talks), ("pairs", pairs)):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines)
+  return folder
+
+
+def command(kind, nano, data, workdir, **knobs):
+  rows = "talks" if kind.endswith("sft") else "pairs"
+  knobs = {
+    "init": f"hf:{nano}",
+    "data.text": data / f"{rows}.jsonl",
+    "data.sequence_length": 128,
+    "data.heldout": 0.3,
+    "training.batch_size": 2,
+    "training.epochs": 0.0,
+    "training.steps": 6,
+    "model.dtype": "float32",
+    "optimizer.peak_lr": 3e-3,
+    "optimizer.warmup_steps": 0,
+    "checkpoint.every": 3,
+    "evaluation.every": 3,
+    **knobs,
+  }
+  return [
+    "llama_jax.train",
+    f"--config={ROOT / 'configs/finetune'}/{kind}.py",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in knobs.items()),
+  ]
+
+
+@pytest.fixture(scope="module")
+def runs(run_verbs, nano, data, tmp_path_factory):
+  """Each kind once: (exit code, output, errors, the run's folder)."""
+  folder = tmp_path_factory.mktemp("runs")
+  kinds = ("llama2_sft", "llama2_reward", "llama3_dpo")
+  done = run_verbs(
+    *(command(kind, nano, data, folder / kind) for kind in kinds)
+  )
+  return {
+    kind: (*told, folder / kind) for kind, told in zip(kinds, done, strict=True)
+  }
+
+
+def rows_of(runs, kind):
+  code, out, err, folder = runs[kind]
+  assert code == 0, out + err
+  return metrics.read(folder / "metrics.jsonl")
+
+
+def test_sft_learns_answers_and_says_what_it_read(runs):
+  rows = rows_of(runs, "llama2_sft")
+  assert rows[-1]["heldout_loss"] < rows[2]["heldout_loss"] < 7
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  out = runs["llama2_sft"][1]
+  assert "to train on" in out and "the model is to say" in out
+
+
+def test_a_reward_model_learns_to_rank(runs):
+  rows = rows_of(runs, "llama2_reward")
+  assert rows[-1]["heldout/accuracy"] > 0.9
+  assert rows[-1]["heldout/margin"] > rows[2]["heldout/margin"]
+  assert {"accuracy/better", "accuracy/unsure", "calibration/0"} <= set(rows[0])
+  assert rows[-1]["loss"] < rows[0]["loss"] < 3
+
+
+def test_dpo_moves_away_from_its_reference(runs):
+  rows = rows_of(runs, "llama3_dpo")
+  # At the reference the margin is 0 and the loss is log 2 and the last term.
+  assert rows[0]["margin"] == 0 and rows[0]["accuracy"] == 0.5
+  assert rows[0]["loss"] == pytest.approx(
+    np.log(2) + 0.2 * rows[0]["nll"], rel=1e-5
+  )
+  assert rows[-1]["heldout/margin"] > 0 and rows[-1]["heldout/accuracy"] > 0.9
+  assert (runs["llama3_dpo"][3] / "reference.npz").is_file()
+
+
+def test_a_run_goes_on_bitwise_and_alone(runs, run_verbs, nano, data, tmp_path):
+  """The reference that the first part kept is enough for the second."""
+  kind = "llama3_dpo"
+  first, again = run_verbs(
+    command(kind, nano, data, tmp_path, **{"training.steps": 3}),
+    command(kind, nano, data, tmp_path),
+  )
+  assert first[0] == again[0] == 0, first[2] + again[2]
+  assert "reference" in first[1] and "reference  scores" not in again[1]
+  want = rows_of(runs, kind)
+  found = metrics.read(tmp_path / "metrics.jsonl")
+  assert [r["step"] for r in found] == [r["step"] for r in want]
+  # The schedule of the shorter run is another, so only the data is the same.
+  assert found[0]["gradient_hash"] == want[0]["gradient_hash"]
+
+
+def test_a_reward_model_says_no_words(runs, run_verbs, nano, data, tmp_path):
+  rows_of(runs, "llama2_reward")
+  folder = runs["llama2_reward"][3]
+  speak, train = run_verbs(
+    ["llama_jax.generate", f"--ckpt=orbax:{folder}", "--prompt=a"],
+    command("llama2_sft", nano, data, tmp_path, init=f"orbax:{folder}"),
+  )
+  for code, _, err in (speak, train):
+    assert code == 2 and "reward model" in err and "Traceback" not in err
+
+
+def test_scoring_a_file(runs, run_verbs, data, tmp_path):
+  """What it learned to like is scored higher, alone or as a completion."""
+  rows_of(runs, "llama2_reward")
+  pairs = [json.loads(line) for line in (data / "pairs.jsonl").open()][:4]
+  rows = [
+    {"prompt": one["prompt"], "completion": one[kind], "kind": kind}
+    for one in pairs
+    for kind in ("chosen", "rejected")
+  ]
+  rows += [
+    {
+      "prompt": one["prompt"],
+      "completions": [{"text": one["chosen"]}, {"text": one["rejected"]}],
+    }
+    for one in pairs
+  ]
+  source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  command = [
+    "llama_jax.evaluate",
+    f"--ckpt=orbax:{runs['llama2_reward'][3]}",
+    f"--score={source}",
+  ]
+  bare, done = run_verbs(command, [*command, f"--out={out}"])
+  assert bare[0] == 2 and "--out" in bare[2]
+  assert done[0] == 0, done[2]
+  found = [json.loads(line) for line in out.open()]
+  alone = [row["reward"] for row in found[:8]]
+  assert all(a > b for a, b in zip(alone[::2], alone[1::2], strict=True))
+  # Neither what shares a batch nor the form of a row changes a score.
+  together = [c["reward"] for row in found[8:] for c in row["completions"]]
+  np.testing.assert_allclose(together, alone, atol=1e-5)
+  assert [row["kind"] for row in found[:2]] == ["chosen", "rejected"]
+
+
+def test_what_does_not_go_together_is_refused(run_verbs, nano, data, tmp_path):
+  pairs = data / "pairs.jsonl"
+  cases = [
+    ("llama3_dpo", {"data.form": "conversations"}, "data.form="),
+    ("llama3_dpo", {"init": ""}, "--config.init=REF"),
+    ("llama3_dpo", {"objective.beta": 0.0}, "objective.beta="),
+    ("llama3_dpo", {"objective.name": "ppo"}, "objective.name="),
+    ("llama2_sft", {"data.text": pairs}, "max_skipped"),
+    ("llama2_sft", {"training.epochs": 2.0}, "training.epochs="),
+    ("llama2_sft", {"data.chat_template": "llama9"}, "data.chat_template="),
+    ("llama2_sft", {"data.separate_documents": False}, "separate_documents="),
+  ]
+  done = run_verbs(
+    *(
+      command(kind, nano, data, tmp_path / "w", **knobs)
+      for kind, knobs, _ in cases
+    )
+  )
+  for (kind, knobs, part), (code, _, err) in zip(cases, done, strict=True):
+    assert code == 2, (kind, knobs, err)
+    assert part in err and "Traceback" not in err, (kind, knobs, err)
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_whole(recipe):
+  source = recipe.read_text()
+  variants = {"": "", "smollm2": "_smollm2", "safety:DIR": '"safety"'}
+  for variant, mark in variants.items():
+    if mark not in source:
+      continue
+    name = f"{recipe}:{variant}" if variant else str(recipe)
+    config = shell.load_config(name)
+    config.init = "hf:DIR"
+    if not config.data.text:
+      config.data.text = "FILE"
+    learning.check(experiment.read(config))
+    # The docstring says where it is from and what to expect.
+    for word in ("Source: arXiv:", "Expected:", f"{recipe.stem}.py"):
+      assert word in source
