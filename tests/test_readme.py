@@ -41,6 +41,15 @@ def clone(nano, tmp_path_factory) -> pathlib.Path:
     '{"prompt": "def f("}\n'
     '{"messages": [{"role": "user", "content": "Hello"}], "id": 2}\n'
   )
+  (folder / "talks.jsonl").write_text(
+    '{"instruction": "Say yes.", "output": "yes"}\n' * 20
+  )
+  (folder / "pairs.jsonl").write_text(
+    "".join(
+      f'{{"prompt": "Say {n}.", "chosen": "{n}", "rejected": "no"}}\n'
+      for n in range(20)
+    )
+  )
   assert "curves.png" in done.stdout
   assert (folder / "runs/quickstart/run/curves.png").is_file()
   return folder
@@ -77,6 +86,8 @@ def at_nano_size(command: list[str]) -> list[str]:
     "llama_jax.evaluate": ["--window=128", "--stride=128"],
     "llama_jax.generate": ["--max_new_tokens=8"],
   }.get(command[2], [])
+  if any("finetune" in word for word in command):
+    small[-1] = "--config.data.sequence_length=128"
   if any(":nano" in word for word in command):
     small = ["--config.training.steps=2"]
   elif "--replay=2" in command:
