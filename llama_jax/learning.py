@@ -21,10 +21,15 @@ from llama_jax import checkpoint, errors, evals, experiment
 from llama_jax.checkpoint import atomic
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import packing
-from llama_jax.objectives import dpo, next_token, reward
+from llama_jax.decoding import placement
+from llama_jax.kernels import divergence
+from llama_jax.objectives import distill, dpo, next_token, reward
 from llama_jax.training import step as step_lib
 
-REFERENCE = "reference.npz"
+# In a run's folder.
+REFERENCE, TEACHER = "reference.npz", "teacher.npz"
+
+_TEACHER_KNOB = "--config.objective.teacher"
 
 Rows = Sequence[dict[str, Any]]
 
@@ -57,6 +62,30 @@ def check(asked: experiment.Experiment) -> None:
     raise errors.ConfigError(
       f"evaluation.tasks={','.join(asked.evaluation.tasks)} are for language"
       " models, and this trains a reward model; leave it empty."
+    )
+  if getattr(objective, "top_k", 0) and (data.prepared or asked.training.ramp):
+    raise errors.ConfigError(
+      f"objective.top_k={objective.top_k} stores what the teacher says of whole"
+      " rows of data.text; with data.prepared or training.ramp use"
+      " objective.top_k=0, a live teacher."
+    )
+  if asked.lora and not asked.init:
+    raise errors.ConfigError(
+      "lora trains beside a model: give --config.init=REF."
+    )
+  if asked.lora and asked.model.vocab_size:
+    raise errors.ConfigError(
+      f"model.vocab_size={asked.model.vocab_size} adds words, and lora trains"
+      " no embedding; leave it 0."
+    )
+  if (
+    asked.lora
+    and asked.lora.base_dtype == "int8"
+    and asked.model.dtype == "float8"
+  ):
+    raise errors.ConfigError(
+      "lora.base_dtype=int8 is not multiplied in float8; use"
+      " model.dtype=bfloat16, or lora.base_dtype=bfloat16."
     )
   if asked.training.epochs and data.prepared:
     raise errors.ConfigError(
@@ -106,11 +135,16 @@ class Goal:
     rows: Mapping[str, Rows],
     heldout: Mapping[str, Rows],
     row_length: int,
+    join: Callable | None,
   ):
+    """join: (frozen base, adapters) -> the decoder's params, of a LoRA run."""
     self._asked, self._decoder, self._devices = asked, decoder, devices
     self._rows, self._heldout = rows, heldout
+    self._join = join
     self.objective = _make(asked, decoder, len(rows))
-    self.frozen: dict[str, Any] | None = None
+    if join is not None:
+      self.objective = _of_adapters(join, self.objective)
+    self.frozen: dict[str, Any] = {}
     pairs = asked.data.form == batches_lib.PREFERENCES
     self._tasks = self._measure = None
     if head(asked) == "words":
@@ -124,13 +158,16 @@ class Goal:
         separate=asked.data.separate_documents,
       )
     if pairs:
-      self._measure = jax.jit(
-        self.objective, out_shardings=jax.NamedSharding(devices, jax.P())
-      )
+      self._measure = self._everywhere(self.objective)
 
   def evaluate(self, params) -> dict[str, float]:
     """Measures by name, for the loop to call under jax.set_mesh."""
-    found = self._tasks(params) if self._tasks else {}
+    found = {}
+    if self._tasks:
+      whole = params
+      if self._join is not None:
+        whole = self._join(self.frozen["base"], params)
+      found = self._tasks(whole)
     if self._measure is None:
       return found
     total = None
@@ -141,59 +178,93 @@ class Goal:
     return found | (_tell(total) if total is not None else {})
 
   def prepare(
-    self, folder: pathlib.Path, contents: Mapping[str, str], placed
+    self, folder: pathlib.Path, contents: Mapping[str, str], base
   ) -> None:
-    """What is needed of a reference: its params, or what it thinks of all rows.
-
-    The latter is kept in the run's folder, so that a run that goes on needs
-    the reference no more.
+    """Gets the second model's params, or what it says of all rows.
 
     Args:
       folder: the run's.
       contents: what tells the data from other data.
-      placed: shardings of params.
+      base: a LoRA run's frozen params, its reference too; or None.
     """
-    wanted = getattr(self._asked.objective, "reference", None)
-    if wanted == dpo.LIVE:
-      self.frozen = {"reference": self._reference(placed)}
-    if wanted != dpo.CACHED:
+    if base is not None:
+      self.frozen["base"] = base
+    objective = self._asked.objective
+    if isinstance(objective, distill.Distill):
+      if not objective.top_k:
+        self.frozen["teacher"] = self._load(objective.teacher, _TEACHER_KNOB)
+        return
+      rows = [row for one in self._rows.values() for row in one]
+      told = self._told(folder / TEACHER, contents, rows, self._ask_teacher)
+    elif getattr(objective, "reference", "") == dpo.LIVE:
+      self.frozen["reference"] = self._reference()
       return
-    rows = [row for one in self._all().values() for row in one]
-    about = json.dumps([self._asked.init, contents], sort_keys=True)
-    digest = hashlib.sha256(about.encode()).hexdigest()
-    found = _kept(folder / REFERENCE, digest, len(rows))
-    if found is None:
-      print(f"reference  scores {len(rows):,} rows", flush=True)
-      params = self._reference(placed)
-      found = np.concatenate(list(self._score(params, rows)))
-      if jax.process_index() == 0:
-        _keep(folder / REFERENCE, digest, found)
-    for row, logprobs in zip(rows, found, strict=True):
-      row["extra"]["reference"] = logprobs
+    elif getattr(objective, "reference", "") == dpo.CACHED:
+      both = (self._rows, self._heldout)
+      rows = [row for kind in both for one in kind.values() for row in one]
+      told = self._told(folder / REFERENCE, contents, rows, self._ask_reference)
+    else:
+      return
+    for index, row in enumerate(rows):
+      row.setdefault("extra", {}).update({n: a[index] for n, a in told.items()})
 
-  def _all(self) -> dict[str, Rows]:
-    return {
-      f"{kind}/{name}": rows
-      for kind, sources in (("train", self._rows), ("heldout", self._heldout))
-      for name, rows in sources.items()
-    }
+  def _reference(self):
+    """What the params were at first: config.init's, or a LoRA run's base."""
+    base = self.frozen.get("base")
+    return base or self._load(self._asked.init, "--config.init")
 
-  def _reference(self, placed):
-    """Params of config.init in the compute dtype, on the mesh."""
-    params = checkpoint.load(self._asked.init, "--config.init", placed).params
+  def _load(self, reference: str, knob: str):
+    """Params in the compute dtype, on the mesh."""
+    config = checkpoint.read_config(reference, knob)
+    placed = placement.shardings(config, self._devices)
+    params = checkpoint.load(reference, knob, placed).params
     dtype = jnp.dtype(self._decoder.dtype)
     cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
     return jax.jit(cast, out_shardings=placed, donate_argnums=0)(params)
 
-  def _score(self, params, rows: Rows) -> Iterator[np.ndarray]:
-    """Log-probabilities of the segments of rows, float32 [rows, S]."""
+  def _told(self, file, contents, rows: Rows, ask) -> dict[str, np.ndarray]:
+    """What another model says of all rows, computed once."""
+    objective = dataclasses.asdict(self._asked.objective)
+    about = [self._asked.init, self._decoder.dtype, objective, contents]
+    if self._asked.lora:
+      about.append(dataclasses.asdict(self._asked.lora))
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    found = _kept(file, digest.hexdigest(), len(rows))
+    if found is None:
+      print(f"{file.stem:<10} reads {len(rows):,} rows", flush=True)
+      parts = list(ask(rows))
+      found = {n: np.concatenate([one[n] for one in parts]) for n in parts[0]}
+      if jax.process_index() == 0:
+        _keep(file, digest.hexdigest(), found)
+    return found
+
+  def _ask_reference(self, rows: Rows) -> Iterator[dict[str, np.ndarray]]:
+    """Log-probabilities of the segments of rows: reference, [rows, S]."""
     token_nll = functools.partial(_apply, self._decoder, "token_nll")
-    score = jax.jit(
-      functools.partial(dpo.answer_logprobs, token_nll),
-      out_shardings=jax.NamedSharding(self._devices, jax.P()),
-    )
+    score = self._everywhere(functools.partial(dpo.answer_logprobs, token_nll))
+    params = self._reference()
     for count, batch in self._batches(rows):
-      yield jax.device_get(score(params, batch))[:count]
+      yield {"reference": jax.device_get(score(params, batch))[:count]}
+
+  def _ask_teacher(self, rows: Rows) -> Iterator[dict[str, np.ndarray]]:
+    """What divergence.Top holds, by its fields' names."""
+    objective = self._asked.objective
+    decoder = _teacher(self._asked, self._decoder)
+
+    def likeliest(params, batch):
+      states = _apply(decoder, "states", params, *_inputs(batch))
+      return divergence.top(states, objective.top_k, objective.temperature)
+
+    likeliest = self._everywhere(likeliest)
+    params = self._load(objective.teacher, _TEACHER_KNOB)
+    for count, batch in self._batches(rows):
+      found = jax.device_get(likeliest(params, batch))
+      yield {n: a[:count] for n, a in found._asdict().items()}
+
+  def _everywhere(self, function):
+    """Compiled so that every host has the whole result."""
+    whole = jax.NamedSharding(self._devices, jax.P())
+    return jax.jit(function, out_shardings=whole)
 
   def _batches(self, rows: Rows) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(rows in it, arrays [size, ...]) of whole batches.
@@ -207,7 +278,8 @@ class Goal:
       length = len(part[0]["tokens"]) - 1
       separate = self._asked.data.separate_documents
       each = [
-        packing.inputs(row, 0, length, separate) | row["extra"] for row in part
+        packing.inputs(row, 0, length, separate) | row.get("extra", {})
+        for row in part
       ]
       batch = {name: np.stack([one[name] for one in each]) for name in each[0]}
       more = size - len(part)
@@ -224,6 +296,15 @@ def _apply(decoder, method, params, *args):
   return decoder.apply({"params": params}, *args, method=method)
 
 
+def _inputs(batch):
+  return batch["tokens"], batch["positions"], batch["segments"]
+
+
+def _teacher(asked: experiment.Experiment, decoder):
+  config = checkpoint.read_config(asked.objective.teacher, _TEACHER_KNOB)
+  return decoder.clone(config=config)
+
+
 def _make(asked: experiment.Experiment, decoder, num_sources: int) -> Callable:
   objective = asked.objective
   if isinstance(objective, reward.Reward):
@@ -232,11 +313,37 @@ def _make(asked: experiment.Experiment, decoder, num_sources: int) -> Callable:
   if isinstance(objective, dpo.DPO):
     token_nll = functools.partial(_apply, decoder, "token_nll")
     return dpo.make(objective, token_nll)
+  if isinstance(objective, distill.Distill):
+    student = functools.partial(_apply, decoder, "states")
+    if objective.top_k:
+
+      def teacher(frozen, batch):
+        del frozen
+        return divergence.Top(*(batch[n] for n in divergence.Top._fields))
+
+    else:
+      there = _teacher(asked, decoder)
+
+      def teacher(frozen, batch):
+        return _apply(there, "states", frozen["teacher"], *_inputs(batch))
+
+    return distill.make(
+      objective, student, teacher, divergence.loss_sum, num_sources
+    )
 
   def loss_sum(params, *args):
     return _apply(decoder, "loss_sum", params, *args, asked.training.z_loss)
 
   return next_token.make(loss_sum, num_sources)
+
+
+def _of_adapters(join: Callable, objective: Callable) -> Callable:
+  """An objective of whole params as one of adapters beside a frozen base."""
+
+  def joined(adapters, batch, frozen):
+    return objective(join(frozen["base"], adapters), batch, frozen)
+
+  return joined
 
 
 def _tell(total) -> dict[str, float]:
@@ -249,22 +356,24 @@ def _tell(total) -> dict[str, float]:
   return {name: float(value) for name, value in told.items()}
 
 
-def _kept(file: pathlib.Path, digest: str, rows: int) -> np.ndarray | None:
+def _kept(file: pathlib.Path, digest: str, rows: int):
   if not file.is_file():
     return None
   try:
     with np.load(file) as kept:
-      right = str(kept["of"]) == digest and len(kept["logprobs"]) == rows
-      return kept["logprobs"] if right else None
+      if str(kept["of"]) != digest:
+        return None
+      found = {name: kept[name] for name in kept.files if name != "of"}
   except (OSError, ValueError, KeyError, EOFError) as error:
     raise errors.BadFileError(
       f"{file}: not what a run keeps there ({error}); remove it, and it is"
       " computed again."
     ) from error
+  return found if all(len(a) == rows for a in found.values()) else None
 
 
-def _keep(file: pathlib.Path, digest: str, logprobs: np.ndarray) -> None:
+def _keep(file: pathlib.Path, digest: str, arrays) -> None:
   part = file.with_name(f".{file.name}.part.npz")
-  np.savez(part, of=digest, logprobs=logprobs)
+  np.savez(part, of=digest, **arrays)
   atomic.flush(part)
   part.replace(file)

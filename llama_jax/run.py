@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import checkpoint, errors, experiment, learning, text
-from llama_jax.checkpoint import proof, steps, store
+from llama_jax.checkpoint import adapters, names, proof, steps, store
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import examples, sources
 from llama_jax.data import prepared as prepared_lib
 from llama_jax.data import ramp as ramp_lib
+from llama_jax.decoding import placement
 from llama_jax.model import config as config_lib
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import heads, sizes
+from llama_jax.model import lora as lora_lib
 from llama_jax.parallel import hosts, mesh
 from llama_jax.text import folder as folder_lib
 from llama_jax.text import (
@@ -54,6 +56,7 @@ class Run:
     contents: source -> a digest of its rows.
     goal: what is minimised and measured.
     shapes, placed: of the state: ShapeDtypeStructs, and NamedShardings.
+    base: reference of what adapters are trained beside; None without LoRA.
     first: () -> state 0.
     update: the compiled step.
     rate: step -> learning rate.
@@ -70,6 +73,7 @@ class Run:
   goal: learning.Goal
   shapes: state_lib.TrainState
   placed: state_lib.TrainState
+  base: str | None
   first: Any
   update: Any
   rate: Any
@@ -82,6 +86,19 @@ class Run:
       for name, rows in batch.items()
     }
     return hosts.put_batch(batch, self.devices, axis=1)
+
+  def prepare(self, folder: pathlib.Path) -> None:
+    """Reads, or computes, what the objective needs beside the state."""
+    base = None
+    if self.base is not None:
+      lora = self.asked.lora
+      placed = placement.shardings(self.decoder.config, self.devices)
+      base = jax.jit(
+        functools.partial(lora_lib.freeze, lora=lora),
+        out_shardings=lora_lib.shardings(placed, lora),
+        donate_argnums=0,
+      )(_load(self.asked, self.base, self.decoder, self.devices))
+    self.goal.prepare(folder, self.contents, base)
 
   def local(self, step: int) -> slice:
     """Rows of batch `step` that this host reads."""
@@ -173,6 +190,7 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
 
   # The data: which rows step n reads follows from n alone.
   learning.check(asked)
+  base = _base(asked, folder)
   if prepared is not None:
     ramp = experiment.make_ramp(asked, prepared.row_length)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
@@ -202,11 +220,15 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
 
   # The step.
   optimizer = optimizer_lib.make(asked.optimizer)
-  shapes, placed = state_lib.shardings(
-    functools.partial(decoder_lib.init, decoder), optimizer, devices
-  )
+  init, join = functools.partial(decoder_lib.init, decoder), None
+  first = _first_state
+  if base is not None:
+    init = functools.partial(lora_lib.init, config, asked.lora)
+    join = functools.partial(lora_lib.join, lora=asked.lora)
+    first = functools.partial(_first_adapters, base)
+  shapes, placed = state_lib.shardings(init, optimizer, devices)
   goal = learning.Goal(
-    asked, decoder, tokenizer, devices, rows, heldout, ramp.row_length
+    asked, decoder, tokenizer, devices, rows, heldout, ramp.row_length, join
   )
   update = jax.jit(
     step_lib.make(
@@ -231,7 +253,8 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
     goal=goal,
     shapes=shapes,
     placed=placed,
-    first=functools.partial(_first_state, asked, decoder, optimizer, placed),
+    base=base,
+    first=functools.partial(first, asked, decoder, optimizer, devices, placed),
     update=update,
     rate=experiment.rates(asked, ramp),
   )
@@ -253,22 +276,12 @@ def _pack(asked: experiment.Experiment, tokenizer, row_length: int):
   return found.rows, found.heldout
 
 
-def _first_state(asked, decoder, optimizer, placed):
+def _first_state(asked, decoder, optimizer, devices, placed):
   """State 0: params of init or fresh ones, in float32, on the mesh."""
   params = None
   key = jax.random.key(asked.training.seed)
   if asked.init:
-    config = checkpoint.read_config(asked.init, "--config.init")
-    shardings = placed.params
-    if config.head != decoder.config.head:
-      there = decoder.clone(config=config)
-      _, whole = state_lib.shardings(
-        functools.partial(decoder_lib.init, there), optimizer, _mesh(placed)
-      )
-      shardings = whole.params
-    params = checkpoint.load(asked.init, "--config.init", shardings).params
-    if config.head != decoder.config.head:
-      params = heads.to_scalar(params, key)
+    params = _load(asked, asked.init, decoder, devices)
 
   def make(params):
     if params is None:
@@ -280,8 +293,50 @@ def _first_state(asked, decoder, optimizer, placed):
   return jax.jit(make, out_shardings=placed, donate_argnums=0)(params)
 
 
-def _mesh(placed) -> jax.sharding.Mesh:
-  return jax.tree.leaves(placed)[0].mesh
+def _load(asked, reference: str, decoder, devices: jax.sharding.Mesh):
+  """Params of a reference on the mesh, with the decoder's head."""
+  config = checkpoint.read_config(reference, "--config.init")
+  shardings = placement.shardings(config, devices)
+  params = checkpoint.load(reference, "--config.init", shardings).params
+  if decoder.config.head == "scalar":
+    params = heads.to_scalar(params, jax.random.key(asked.training.seed))
+  return params
+
+
+def _first_adapters(base, asked, decoder, optimizer, devices, placed):
+  """State 0 of a LoRA run; beside a reward model the score begins as its."""
+  del devices
+  key = jax.random.key(asked.training.seed)
+  config, source = checkpoint.open_tensors(base, "--config.init")
+  score = None
+  if config.head == "scalar":
+    score = source.get(names.name_of(names.SCORE_PATH, source.scheme)).T
+
+  def make(score):
+    adapters = nn.unbox(lora_lib.init(decoder.config, asked.lora, key))
+    if score is not None:
+      adapters["score"] = {"kernel": score.astype(jnp.float32)}
+    return state_lib.create(adapters, optimizer)
+
+  return jax.jit(make, out_shardings=placed)(score)
+
+
+def _base(asked: experiment.Experiment, folder: pathlib.Path) -> str | None:
+  """What a LoRA run trains beside: what it began with, or config.init now."""
+  if not steps.list_steps(folder / "checkpoints"):
+    return checkpoint.pin(asked.init, "--config.init") if asked.lora else None
+  kept = adapters.read(folder)
+  before = kept and kept.lora
+  if before != asked.lora:
+    raise errors.ConfigError(
+      f"the config has lora={asked.lora}, but the run in {folder} has"
+      f" {before}; leave it as it was, or begin anew from its weights with"
+      f" --config.init=orbax:{folder} in another --workdir."
+    )
+  if kept is None:
+    return None
+  adapters.open_base(folder, kept)
+  return kept.base
 
 
 def choose_model(

@@ -29,9 +29,10 @@ from ml_collections import config_flags
 
 from llama_jax import errors, experiment, shell
 from llama_jax import run as run_lib
-from llama_jax.checkpoint import atomic, steps, store
+from llama_jax.checkpoint import adapters, atomic, steps, store
 from llama_jax.data import batches as batches_lib
 from llama_jax.model import decoder as decoder_lib
+from llama_jax.model import lora as lora_lib
 from llama_jax.training import curves, flops, lock
 from llama_jax.training import metrics as metrics_lib
 
@@ -61,7 +62,8 @@ def train(
     config = run.decoder.config
 
     # The run's folder. A float32 state is params and two moments.
-    atomic.check_free(folder, 12 * decoder_lib.count_parameters(config))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(run.shapes.params))
+    atomic.check_free(folder, 12 * trained)
     if first:
       held = held or stack.enter_context(lock.hold(folder))
     stack.enter_context(jax.set_mesh(run.devices))
@@ -80,8 +82,9 @@ def train(
     if first:
       if state is None:
         store.write_model(folder, config, run.tokenizer)
+        adapters.write(folder, asked.lora, run.base)
       atomic.write_text(folder / "config.json", shown + "\n")
-    run.goal.prepare(folder, run.contents, run.placed.params)
+    run.prepare(folder)
     state = run.first() if state is None else state
     start = int(state.step)
     _describe(run, start, folder)
@@ -99,7 +102,9 @@ def _loop(
     training.steps,
     asked.metrics,
     sources=run.batches.mixture.names,
-    flops=functools.partial(flops.per_token, run.decoder.config),
+    flops=functools.partial(
+      flops.per_token, run.decoder.config, frozen=asked.lora is not None
+    ),
     peak_flops=flops.peak(run.devices),
   )
   saved = start if checkpoints.latest() == start else None
@@ -236,7 +241,7 @@ def replay(
     else:
       state = run.first()
     start = int(state.step)
-    run.goal.prepare(folder, run.contents, run.placed.params)
+    run.prepare(folder)
     for at in range(start, step):
       batch = run.put(at, run.batches.get(at, run.local(at)))
       state, values = run.update(
@@ -327,9 +332,23 @@ def _describe(run: run_lib.Run, start: int, folder: pathlib.Path) -> None:
     f" {run.devices.devices.flat[0].platform} device(s)\n"
     f"data       {rows:,} rows of {run.ramp.row_length} tokens in"
     f" {len(run.batches.sizes)} source(s); a batch has {first.batch_size} x"
-    f" {first.sequence_length} tokens\n"
+    f" {first.sequence_length} tokens{_adapters(run)}\n"
     f"run        steps {start} to {run.asked.training.steps} in {folder}",
     flush=True,
+  )
+
+
+def _adapters(run: run_lib.Run) -> str:
+  """A line on what a LoRA run trains and holds; nothing of another."""
+  lora = run.asked.lora
+  if lora is None:
+    return ""
+  trained = sum(leaf.size for leaf in jax.tree.leaves(run.shapes.params))
+  held = lora_lib.account(run.decoder.config, lora)
+  shown = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in held.items())
+  return (
+    f"\nadapters   {trained:,} parameters of rank {lora.rank} beside a base in"
+    f" {lora.base_dtype}; MB in all: {shown}"
   )
 
 

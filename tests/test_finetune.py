@@ -11,6 +11,11 @@ from llama_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs/finetune").glob("*.py"))
+# Students of what the first run became, and of nothing else.
+DISTILLED = {
+  "live": {"objective.reverse": 0.5, "data.form": "conversations"},
+  "stored": {"objective.top_k": 5, "data.sequence_length": 32},
+}
 QUESTIONS = ["red", "blue", "green", "grey", "pink", "white", "black", "brown"]
 
 
@@ -31,14 +36,15 @@ def data(tmp_path_factory):
     for one in QUESTIONS
     for index, two in enumerate(QUESTIONS[:3])
   ]
-  for name, rows in (("talks", talks), ("pairs", pairs)):
+  texts = [{"text": " ".join(talk.values())} for talk in talks]
+  for name, rows in (("talks", talks), ("pairs", pairs), ("texts", texts)):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{name}.jsonl").write_text(lines)
   return folder
 
 
 def command(kind, nano, data, workdir, **knobs):
-  rows = "talks" if kind.endswith("sft") else "pairs"
+  rows = "pairs" if kind.endswith(("dpo", "reward")) else "talks"
   knobs = {
     "init": f"hf:{nano}",
     "data.text": data / f"{rows}.jsonl",
@@ -67,11 +73,25 @@ def runs(run_verbs, nano, data, tmp_path_factory):
   """Each kind once: (exit code, output, errors, the run's folder)."""
   folder = tmp_path_factory.mktemp("runs")
   kinds = ("llama2_sft", "llama2_reward", "llama3_dpo")
-  done = run_verbs(
-    *(command(kind, nano, data, folder / kind) for kind in kinds)
-  )
+  commands = {kind: command(kind, nano, data, folder / kind) for kind in kinds}
+  for name, more in DISTILLED.items():
+    knobs = {
+      "objective.teacher": f"orbax:{folder / 'llama2_sft'}",
+      "objective.data": 0.0,
+      "data.tokenizer": nano,
+      "init": "",
+      "model.size": "nano",
+      **more,
+    }
+    if name == "stored":
+      knobs["data.text"] = data / "texts.jsonl"
+    commands[name] = command(
+      "llama32_distill", nano, data, folder / name, **knobs
+    )
+  done = run_verbs(*commands.values())
   return {
-    kind: (*told, folder / kind) for kind, told in zip(kinds, done, strict=True)
+    kind: (*told, folder / kind)
+    for kind, told in zip(commands, done, strict=True)
   }
 
 
@@ -106,6 +126,15 @@ def test_dpo_moves_away_from_its_reference(runs):
   )
   assert rows[-1]["heldout/margin"] > 0 and rows[-1]["heldout/accuracy"] > 0.9
   assert (runs["llama3_dpo"][3] / "reference.npz").is_file()
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_student_nears_its_teacher(runs, kind):
+  rows = rows_of(runs, kind)
+  assert 0 < rows[-1]["kl"] < rows[0]["kl"]
+  assert ("reverse_kl" in rows[0]) == (kind == "live")
+  assert (runs[kind][3] / "teacher.npz").is_file() == (kind == "stored")
+  assert rows[-1]["heldout_loss"] > 0
 
 
 def test_a_run_goes_on_bitwise_and_alone(runs, run_verbs, nano, data, tmp_path):
@@ -206,6 +235,8 @@ def test_recipes_are_whole(recipe):
     config.init = "hf:DIR"
     if not config.data.text:
       config.data.text = "FILE"
+    if config.objective.name == "distill":
+      config.objective.teacher = "hf:DIR"
     learning.check(experiment.read(config))
     # The docstring says where it is from and what to expect.
     for word in ("Source: arXiv:", "Expected:", f"{recipe.stem}.py"):

@@ -41,14 +41,17 @@ BELOW = {
   "learning": {
     "checkpoint",
     "data",
+    "decoding",
     "evals",
     "experiment",
+    "kernels",
     "objectives",
     "training",
   },
   "run": {
     "checkpoint",
     "data",
+    "decoding",
     "experiment",
     "learning",
     "model",

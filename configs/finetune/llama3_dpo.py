@@ -108,8 +108,8 @@ def _smollm2(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The same recipe on SmolLM2-135M-Instruct, for two cores: numbers ours."""
   config.model.update(dtype="auto", attention="chunked")
   config.parallel.update(data=-1, fsdp=1)
-  config.data.update(sequence_length=768, workers=1, heldout=0.1)
-  config.training.update(batch_size=4, epochs=0.0, steps=60)
+  config.data.update(sequence_length=1024, workers=1, heldout=0.1)
+  config.training.update(batch_size=2, epochs=0.0, steps=60)
   config.optimizer.update(peak_lr=2e-06, warmup_steps=5)
   config.checkpoint.update(every=30)
   config.evaluation.update(every=30, rows=32)

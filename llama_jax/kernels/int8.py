@@ -183,3 +183,28 @@ def matmul(x_tI: jax.Array, matrix: Quantized) -> jax.Array:
   return jax.lax.platform_dependent(
     x_tI, matrix, cpu=integer_product, default=widened_product
   )
+
+
+@jax.custom_vjp
+def frozen_matmul(x_tI: jax.Array, matrix: Quantized) -> jax.Array:
+  """x @ matrix.T as [t, O] in x's dtype, differentiable by x alone.
+
+  Its own gradient: the backward pass keeps the whole numbers and not what they
+  were widened to, and its product takes operands of x's dtype
+  (kernels/matmul.py).
+  """
+  return widened_product(x_tI, matrix).astype(x_tI.dtype)
+
+
+def _frozen_forward(x_tI, matrix):
+  return frozen_matmul(x_tI, matrix), matrix
+
+
+def _frozen_backward(matrix, d_tO):
+  scaled_tO = (d_tO * matrix.scale_O[None]).astype(d_tO.dtype)
+  values_OI = integers(matrix).astype(d_tO.dtype)
+  d_x_tI = matmul_lib.product(scaled_tO, values_OI, 1, 0)
+  return d_x_tI.astype(d_tO.dtype), None
+
+
+frozen_matmul.defvjp(_frozen_forward, _frozen_backward)

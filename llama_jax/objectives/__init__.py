@@ -11,10 +11,11 @@ and pure: it knows a model as functions of params. `frozen` holds params that
 are not trained, such as {"reference": ...}.
 """
 
-from llama_jax.objectives import dpo, next_token, reward
+from llama_jax.objectives import distill, dpo, next_token, reward
 
 OBJECTIVES = {
   "next_token": next_token.NextToken,
   "reward": reward.Reward,
   "dpo": dpo.DPO,
+  "distill": distill.Distill,
 }

@@ -62,19 +62,27 @@ def matmul_weights(config: config_lib.LlamaConfig) -> int:
   D, N, K = config.embed_dim, config.num_heads, config.num_kv_heads
   attention = 2 * D * config.head_dim * (N + K)
   layer = attention + 3 * D * config.mlp_dim
-  return config.num_layers * layer + D * config.vocab_size
+  rows = config.vocab_size if config.head == "words" else 1
+  return config.num_layers * layer + D * rows
 
 
-def per_token(config: config_lib.LlamaConfig, attention_length: float) -> float:
+def per_token(
+  config: config_lib.LlamaConfig,
+  attention_length: float,
+  *,
+  frozen: bool = False,
+) -> float:
   """FLOPs of training on one token: 6 N_mm + 6 L S N H.
 
   Args:
     config: the model.
     attention_length: S, tokens of a row; of packed rows attention_length().
+    frozen: its weights take no gradient, as LoRA's base: 4 N_mm. What adapters
+      need is not counted.
   """
   width = config.num_heads * config.head_dim
   attention = 6 * config.num_layers * attention_length * width
-  return 6 * matmul_weights(config) + attention
+  return (4 if frozen else 6) * matmul_weights(config) + attention
 
 
 def attention_length(segments: np.ndarray) -> float:

@@ -25,6 +25,7 @@ NANO = sizes.get("nano")
     ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
     ({"norm_eps": float("nan")}, "model.norm_eps=nan"),
     ({"rope_theta": -1.0}, "model.rope_theta=-1.0"),
+    ({"head": "reward"}, "model.head='reward'"),
   ],
 )
 def test_refusals_name_the_knob_and_the_value(change, named):
@@ -74,6 +75,15 @@ def test_scalings_of_version_0_1_0_have_no_kind():
   assert config_lib.LlamaConfig.from_dict(fields) == config
 
 
+def test_models_of_before_there_were_reward_models_have_words():
+  for head in config_lib.HEADS:
+    config = dataclasses.replace(NANO, head=head)
+    fields = json.loads(config.to_json())
+    assert config_lib.LlamaConfig.from_dict(fields) == config
+  del fields["head"]
+  assert config_lib.LlamaConfig.from_dict(fields) == NANO
+
+
 def test_unknown_and_missing_fields():
   fields = dataclasses.asdict(NANO)
   with pytest.raises(errors.ConfigError, match="rope_tetha"):
@@ -90,6 +100,8 @@ def test_unknown_and_missing_fields():
 def test_no_number_has_a_default():
   for cls in (config_lib.LlamaConfig, config_lib.RopeScaling):
     for field in dataclasses.fields(cls):
+      if field.name == "head":  # the one that is no number
+        continue
       assert field.default is dataclasses.MISSING, field.name
       assert field.default_factory is dataclasses.MISSING, field.name
 
