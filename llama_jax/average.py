@@ -18,7 +18,6 @@ have its name.
 """
 
 import dataclasses
-import importlib
 import math
 import pathlib
 from collections.abc import Sequence
@@ -225,14 +224,7 @@ def _to_odd(value: np.ndarray) -> np.ndarray:
 
 def average(job: Job) -> None:
   """Checks that the checkpoints fit, and writes their mean."""
-  scheme, path = checkpoint.parse(job.destination, "--dst")
-  if scheme not in checkpoint.WRITES:
-    allowed = ", ".join(f"{name}:PATH" for name in checkpoint.WRITES)
-    raise errors.UserError(
-      f"--dst={job.destination}: {scheme} cannot be written; use one of"
-      f" {allowed}."
-    )
-  atomic.check_new(path)
+  _, module, path = checkpoint.writer(job.destination)
   lines = [
     f"{share:.6f}  {source}"
     for source, share in zip(job.sources, job.shares, strict=True)
@@ -244,7 +236,6 @@ def average(job: Job) -> None:
   if not building.unfinished(path):
     # A fiftieth on top for metadata, the tokenizer and filesystem blocks.
     atomic.check_free(path, total * 1.02 + (16 << 20))
-  module = importlib.import_module(checkpoint.FORMATS[scheme])
   with (
     tqdm.tqdm(
       desc="average", total=total, unit="B", unit_scale=True, mininterval=0.5

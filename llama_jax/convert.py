@@ -1,6 +1,7 @@
 """Brings weights from one format to another, with a proof.
 
   python -m llama_jax.convert --src=gguf:FILE --dst=orbax:DIR [--dtype=bfloat16]
+  python -m llama_jax.convert --src=orbax:RUN --dst=peft:DIR
   python -m llama_jax.convert --describe=REF
 
 Tensors pass through block by block, so that memory stays under --max_host_gb
@@ -10,6 +11,9 @@ its own: every tensor, brought back to the source's names and layout, is the
 same or what --dtype rounds it to; and a plain NumPy Llama on the source's
 tensors gives the same logits and loss as our model on what was written, also at
 positions beyond the original context where RoPE is scaled.
+
+peft: takes the adapters of a LoRA run alone; every other format takes it as the
+whole model that it is with its base.
 """
 
 import collections
@@ -32,12 +36,14 @@ from llama_jax.checkpoint import (
   building,
   describe,
   names,
+  peft,
   store,
   verify,
   weights,
 )
 
 PROOF = "conversion.txt"
+PEFT = "peft:"
 Q8_0 = "q8_0"
 DTYPES = {
   "float32": "F32",
@@ -100,19 +106,15 @@ class Job:
 def convert(job: Job, *, check: bool) -> None:
   """Reads, writes, proves, and only then names the destination."""
   start = time.monotonic()
-  scheme, path = checkpoint.parse(job.destination, "--dst")
-  if scheme not in checkpoint.WRITES:
-    allowed = ", ".join(f"{name}:PATH" for name in checkpoint.WRITES)
-    raise errors.UserError(
-      f"--dst={job.destination}: {scheme} cannot be written; use one of"
-      f" {allowed}."
-    )
+  if job.destination.startswith(PEFT):
+    _write_adapters(job)
+    return
+  scheme, module, path = checkpoint.writer(job.destination)
   if job.dtype == Q8_0 and scheme != "gguf":
     raise errors.UserError(
       f"--dtype=q8_0 is a quantisation of gguf:; --dst={job.destination} takes"
       " float32, bfloat16 or float16."
     )
-  atomic.check_new(path)
   read = open_source(job)
   config, source = read.config, read.source
   print(f"read     {_summary(read)}", flush=True)
@@ -130,7 +132,6 @@ def convert(job: Job, *, check: bool) -> None:
     # A fiftieth on top for metadata, the tokenizer and filesystem blocks.
     atomic.check_free(path, needed * 1.02 + (16 << 20))
   settings = _settings(job, scheme)
-  module = importlib.import_module(checkpoint.FORMATS[scheme])
   with (
     _bar("convert", total) as tick,
     building.building(path, _fingerprint(job), tick) as site,
@@ -155,6 +156,30 @@ def convert(job: Job, *, check: bool) -> None:
     atomic.write_text(file, shown)
   print(f"done     {job.destination}, {time.monotonic() - start:.1f} s")
   print(f"proof    {file} has every tensor's shape, dtype and hash")
+
+
+def _write_adapters(job: Job) -> None:
+  """--dst=peft:DIR."""
+  scheme, run = checkpoint.parse(job.source, "--src")
+  if scheme != "orbax":
+    raise errors.UserError(
+      f"--dst={job.destination} takes the adapters of a LoRA run; --src="
+      f"{job.source} has none, give orbax:RUN."
+    )
+  if job.dtype == Q8_0:
+    raise errors.UserError(
+      f"--dtype=q8_0 is a quantisation of gguf:; --dst={job.destination} takes"
+      " float32, bfloat16 or float16."
+    )
+  dtype = names.DTYPES[DTYPES[job.dtype or "float32"]]
+  base = peft.write(job.destination.removeprefix(PEFT), run, dtype)
+  print(f"done     {job.destination}, adapters beside {base}")
+  if base.partition(":")[0] in checkpoint.FORMATS:
+    print(
+      "note: PEFT takes a Hugging Face model; convert that base with"
+      " --dst=hf:DIR and name DIR as base_model_name_or_path in"
+      f" {peft.CONFIG}."
+    )
 
 
 def open_source(job: Job, knob: str = "--src") -> verify.Side:
@@ -319,7 +344,7 @@ if __name__ == "__main__":
     "src", None, "orbax:DIR, hf:DIR, meta:DIR, gguf:FILE or llama2c:FILE."
   )
   _DST = flags.DEFINE_string(
-    "dst", None, "orbax:DIR, hf:DIR, meta:DIR or gguf:FILE."
+    "dst", None, "orbax:DIR, hf:DIR, meta:DIR, gguf:FILE or peft:DIR."
   )
   _DESCRIBE = flags.DEFINE_string("describe", None, "Say what REF is, and end.")
   _DTYPE = flags.DEFINE_string(

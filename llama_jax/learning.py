@@ -63,6 +63,12 @@ def check(asked: experiment.Experiment) -> None:
       f"evaluation.tasks={','.join(asked.evaluation.tasks)} are for language"
       " models, and this trains a reward model; leave it empty."
     )
+  plain = isinstance(objective, next_token.NextToken)
+  if asked.training.z_loss and not plain:
+    raise errors.ConfigError(
+      f"training.z_loss={asked.training.z_loss} is next-token prediction's, and"
+      f" this objective ({name}) has none; use 0."
+    )
   if getattr(objective, "top_k", 0) and (data.prepared or asked.training.ramp):
     raise errors.ConfigError(
       f"objective.top_k={objective.top_k} stores what the teacher says of whole"

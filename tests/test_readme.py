@@ -92,13 +92,13 @@ def at_nano_size(command: list[str]) -> list[str]:
     small = ["--config.training.steps=2"]
   elif "--replay=2" in command:
     small = []
-  # The nano model's two kv heads split in two, SmolLM2's three in three.
-  words = [
-    word.replace("cpu_devices=3", "cpu_devices=2").replace(
-      "tensor=3", "tensor=2"
-    )
-    for word in command[2:]
-  ]
+  # The nano model's two kv heads split in two, SmolLM2's three in three; half
+  # of its layers are one, of SmolLM2's fifteen.
+  smaller = {"cpu_devices=3": "cpu_devices=2", "tensor=3": "tensor=2"}
+  smaller["num_layers=15"] = "num_layers=1"
+  words = command[2:]
+  for real, nano in smaller.items():
+    words = [word.replace(real, nano) for word in words]
   return [*words, *small]
 
 

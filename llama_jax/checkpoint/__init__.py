@@ -46,6 +46,21 @@ def find(reference: str, knob: str = "--ckpt"):
   return importlib.import_module(FORMATS[scheme]), path
 
 
+def writer(reference: str, knob: str = "--dst"):
+  """(scheme, the format's module, the path) of a destination; checks that it
+  can be written and is not taken."""
+  from llama_jax.checkpoint import atomic
+
+  scheme, path = parse(reference, knob)
+  if scheme not in WRITES:
+    allowed = ", ".join(f"{name}:PATH" for name in WRITES)
+    raise errors.UserError(
+      f"{knob}={reference}: {scheme} cannot be written; use one of {allowed}."
+    )
+  atomic.check_new(path)
+  return scheme, importlib.import_module(FORMATS[scheme]), path
+
+
 def pin(reference: str, knob: str = "--ckpt") -> str:
   """A reference to what this one names now: of a run, its newest step."""
   module, path = find(reference, knob)

@@ -110,7 +110,7 @@ def adam(state):
 def test_loss_and_gradients_equal_one_device(sizes, random_params):
   _, state, metrics = one_update(*sizes, random_params)
   _, want, want_metrics = one_update(1, 1, 1, random_params)
-  for name in ("loss", "grad_norm", "tokens"):
+  for name in ("loss", "grad_norm", "scored"):
     np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=2e-6)
   for name in ("source_loss", "source_tokens"):
     assert metrics[name].shape == (2,)
