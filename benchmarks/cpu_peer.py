@@ -225,7 +225,7 @@ class Peer:
       model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
     return time.perf_counter() - began
 
-  def _generate(self, ids, new, precision, cache):
+  def _generate(self, ids, new, precision, cache, mask=None):
     """The new tokens, and times: of the call and of each row's tokens."""
     import torch
 
@@ -234,7 +234,7 @@ class Peer:
     if cache == "static":
       options = {"cache_implementation": "static", "disable_compile": True}
     ids = torch.tensor(ids)
-    mask = torch.ones_like(ids)
+    mask = torch.ones_like(ids) if mask is None else torch.tensor(mask)
     clock = Clock()
     with torch.inference_mode(), _autocast(precision == "bfloat16 autocast"):
       began = time.perf_counter()

@@ -3,116 +3,33 @@
   python benchmarks/gpu_train.py --rows=T1,T3 [--minutes=9] [--resume]
     [--out=benchmarks/results/gpu_train.json] [--nano]
 
-benchmarks/README.md says what the rows are and which to run in one command.
-Every turn is a process of its own (gpu_train_ours.py, gpu_train_peer.py,
-gpu_train_jla.py), since JAX and torch cannot share a card's memory. First both
-must agree, or nothing is timed. The file is written after every turn, and
---resume goes on from it. Nothing but the standard library and llama_jax.errors
-is imported here.
+benchmarks/README.md says what the rows are and which to run in one command,
+gpu_run.py how a run goes. First all sides must agree, or nothing is timed.
 """
 
-import argparse
-import dataclasses
-import datetime
-import hashlib
-import json
 import os
-import pathlib
-import platform
 import statistics
-import sys
 import tempfile
-import time
 
+import gpu_run
 import gpu_train_rows as table
-import gpu_train_turn as turns
+import gpu_turn as turns
 
 from llama_jax import errors
 
-HERE = pathlib.Path(__file__).resolve().parent
-PACKAGE = HERE.parent / "llama_jax"
-TRY_SECONDS = 240  # of one try, compilation and all
 ATTENTION_TOLERANCE = 0.02  # bfloat16 has 8 bits: 0.004 each, a few in a row
 
 
-class Benchmark:
-  """One run, resumable: all that is known lies in `found`."""
+class Benchmark(gpu_run.Run):
+  """Beside gpu_train_ours.py: gpu_train_peer.py and gpu_train_jla.py."""
+
+  NAME = "gpu_train"
+  ROOMS = ("kernels", "model", "objectives", "parallel", "training")
 
   def __init__(self, settings, rows, found, save):
-    """
-    Args:
-      settings: the parsed flags.
-      rows: name -> Row.
-      found: a dict to fill, or what an earlier run left.
-      save: writes it.
-    """
-    self.plan = table.NANO if settings.nano else table.Plan()
-    if settings.rounds:
-      self.plan = dataclasses.replace(self.plan, rounds=settings.rounds)
-    self.rows, self.found, self._save = rows, found, save
-    self._settings = settings
-    self._deadline = time.monotonic() + settings.minutes * 60
-
-  def say(self, text):
-    print(text, flush=True)
-
-  def turn(self, side, flags="", seconds=float("inf")):
-    """A fresh process of one side, as a context; it may take so long."""
-    given = self._settings
-    python = {"ours": sys.executable, "peer": given.peer_python}.get(
-      side, given.jla_python
-    )
-    deadline = min(self._deadline, time.monotonic() + seconds)
-    return turns.start(side, python, given.cache, flags, deadline)
-
-  # Before any timing.
-
-  def prepare(self):
-    """What the sides are; raises UserError unless both compute the same."""
-    with self.turn("ours") as ours:
-      about = {"ours": ours.ask("hello")}
-      # A row's model is known by now, also where the row has no time left.
-      models = {
-        name: ours.ask("describe", spec=row.spec())
-        for name, row in self.rows.items()
-      }
-    for side, python in (
-      ("peer", self._settings.peer_python),
-      ("jla", self._settings.jla_python),
-    ):
-      if not python:
-        about[side] = {"missing": f"--{side}_python was not given"}
-        continue
-      try:
-        with self.turn(side) as turn:
-          about[side] = turn.ask("hello")
-      except (turns.Failed, OSError) as error:
-        about[side] = {"missing": str(error)}
-    for side, said in about.items():
-      self.say(f"{side}: {said}")
-    marks = (about["ours"]["device"], hash_source())
-    if self.found.setdefault("marks", list(marks)) != list(marks):
-      raise errors.UserError(
-        f"--out={self._settings.out} was measured on {self.found['marks'][0]}"
-        " or by other code; give another file, or leave out --resume."
-      )
-    self.found["about"], self.found["models"] = about, models
-    if not self.found.get("checked"):
-      self.found["checks"] = []
-      self._check()
-      self.found["checked"] = True
-    self._save()
-
-  def has(self, side):
-    return "missing" not in self.found["about"][side]
-
-  def _note(self, what, ok, detail):
-    line = f"{what}: {detail}"
-    self.found["checks"].append(line)
-    self.say(f"check  {line}")
-    if not ok:
-      self._save()
-      raise errors.UserError(f"nothing is timed, for a check failed: {line}.")
+    plan = table.NANO if settings.nano else table.Plan()
+    peers = {"peer": settings.peer_python, "jla": settings.jla_python}
+    super().__init__(settings, plan, rows, peers, found, save)
 
   def _check(self):
     name = next(iter(self.rows))
@@ -176,20 +93,8 @@ class Benchmark:
 
   # A row.
 
-  def measure(self, name):
-    """All of a row that is not in the file yet."""
-    row = self.rows[name]
-    entry = self.found.setdefault("rows", {}).setdefault(name, {})
-    if entry.get("done"):
-      return
-    entry.pop("failed", None)
-    model = self.found["models"][name]
-    entry |= {
-      "title": row.title,
-      "spec": row.spec(),
-      "config_hash": hash_json(model["config"]),
-      "flops_per_token": model["flops_per_token"],
-    }
+  def _measure(self, name, row, entry, model):
+    entry["flops_per_token"] = model["flops_per_token"]
     self.say(f"row {name}: {row.title}, {row.rows} x {row.sequence} tokens")
     if name == "T2L":
       self._converge(row, entry)
@@ -199,10 +104,20 @@ class Benchmark:
       self._choose_ours(row, entry)
       self._choose_peer(row, entry, model["config"])
       self._choose_jla(row, entry, model["config"])
-      self._rounds(row, entry, model["config"])
+      sides = self._sides(row, entry, model["config"])
+      self._rounds(entry, sides, self._rate, row.rows * row.sequence)
       entry["summary"] = table.summarise(row, entry, self._dense_flops(row))
-    entry["done"] = True
-    self._save()
+
+  def _try_training(self, side, entry, key, **arguments):
+    return self._try(
+      side,
+      entry,
+      key,
+      "train",
+      warmups=1,
+      steps=self.plan.tries,
+      **arguments,
+    )
 
   def _policy(self, row, **changes):
     """What --policy says, else the first to be tried, with these changes."""
@@ -222,28 +137,6 @@ class Benchmark:
         return other["policy"]
     return self._policy(row)
 
-  def _try(self, side, entry, key, steps, **arguments):
-    """One figure of entry["tries"][side], taken once; None: does not fit."""
-    tries = entry.setdefault("tries", {}).setdefault(side, [])
-    for one in tries:
-      if one["key"] == key:
-        return one["seconds"]
-    flags = key.get("flags", "")
-    try:
-      with self.turn(side, flags, TRY_SECONDS) as turn:
-        told = turn.ask("train", warmups=1, steps=steps, **arguments)
-    except turns.Failed as error:
-      told = {"fits": False, "error": str(error)}
-    except turns.OutOfTime:
-      if time.monotonic() > self._deadline:
-        raise
-      told = {"fits": False, "error": f"no answer in {TRY_SECONDS} s"}
-    seconds = told["seconds"] if told["fits"] else None
-    tries.append({"key": key, "seconds": seconds} | told)
-    self.say(f"  {side} {key}: {told.get('error', seconds or 'does not fit')}")
-    self._save()
-    return seconds
-
   def _choose_ours(self, row, entry):
     if "policy" in entry:
       return
@@ -256,8 +149,8 @@ class Benchmark:
         return
 
     def seconds(policy):
-      found = self._try(
-        "ours", entry, policy, self.plan.tries, spec=row.spec(), policy=policy
+      found = self._try_training(
+        "ours", entry, policy, spec=row.spec(), policy=policy
       )
       return float("inf") if found is None else found
 
@@ -297,11 +190,10 @@ class Benchmark:
       return
 
     def seconds(variant):
-      found = self._try(
+      found = self._try_training(
         "peer",
         entry,
         variant,
-        self.plan.tries,
         config=config,
         spec=row.spec(),
         variant=variant,
@@ -342,11 +234,10 @@ class Benchmark:
         continue  # its bfloat16 products alone
       for size in row.microbatches[:2]:
         variant = {"name": name, "microbatch": size}
-        seconds = self._try(
+        seconds = self._try_training(
           "jla",
           entry,
           variant,
-          self.plan.tries,
           config=config,
           spec=row.spec(),
           variant=variant,
@@ -357,32 +248,29 @@ class Benchmark:
       entry["jla"] = found[min(found)]
 
   def _sides(self, row, entry, config):
-    """Name of a column -> (side, arguments of train, flags), in turn."""
+    """Columns, as _rounds takes them."""
     policy = entry["policy"]
+    counts = {"warmups": self.plan.warmups, "steps": self.plan.steps}
 
     def ours(**changes):
-      return (
-        "ours",
-        {"spec": row.spec(**changes), "policy": policy},
-        policy["flags"],
-      )
+      given = {"spec": row.spec(**changes), "policy": policy} | counts
+      return "ours", "train", given, policy["flags"]
+
+    def theirs(side, variant):
+      given = {"config": config, "spec": row.spec(), "variant": variant}
+      return side, "train", given | counts, ""
 
     sides = {"ours": ours()}
     if row.mean_document:
       sides["ours dense"] = ours(mean_document=0)
     if row.dtype == "float8":
       sides["ours bfloat16"] = ours(dtype="bfloat16")
-    theirs = {"config": config, "spec": row.spec()}
     if variant := entry.get("variant"):
       for precision in ("masters", "bfloat16"):
-        changed = {"variant": variant | {"precision": precision}}
-        sides[f"transformers {precision}"] = ("peer", theirs | changed, "")
+        changed = variant | {"precision": precision}
+        sides[f"transformers {precision}"] = theirs("peer", changed)
     if variant := entry.get("jla"):
-      sides["jax-linear-attention"] = (
-        "jla",
-        theirs | {"variant": variant},
-        "",
-      )
+      sides["jax-linear-attention"] = theirs("jla", variant)
     return sides
 
   def _rate(self, turn):
@@ -390,36 +278,6 @@ class Benchmark:
     return turn.ask(
       "rate", size=plan.matrix, soak=plan.soak, repeats=plan.repeats
     )["flops"]
-
-  def _rounds(self, row, entry, config):
-    """All rounds in one command, or as many whole ones as its time allows."""
-    rounds, rates = [], {}
-    plan = self.plan
-    try:
-      for number in range(plan.rounds):
-        told = {}
-        for name, (side, arguments, flags) in self._sides(
-          row, entry, config
-        ).items():
-          with self.turn(side, flags) as turn:
-            if name == "ours" and not number:
-              rates["before"] = self._rate(turn)
-            told[name] = turn.ask(
-              "train", warmups=plan.warmups, steps=plan.steps, **arguments
-            )
-            if not told[name]["fits"]:
-              raise turns.Failed(f"{name} did not fit this time")
-          rate = row.rows * row.sequence / told[name]["seconds"]
-          self.say(f"  round {number + 1}, {name}: {rate:,.0f} tokens/s")
-        rounds.append(told)
-        with self.turn("ours") as turn:
-          rates["after"] = self._rate(turn)
-        entry |= {"rounds": rounds, "rates": rates}
-        self._save()
-    except turns.OutOfTime:
-      if not rounds:
-        raise
-      self.say(f"  time for {len(rounds)} of {plan.rounds} rounds")
 
   def _dense_flops(self, row):
     """FLOPs of a token where a packed row's tokens are one document."""
@@ -456,45 +314,16 @@ class Benchmark:
       self.say(f"  {name}: {entry[name]}")
 
 
-def hash_json(value):
-  text = json.dumps(value, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_source():
-  """Of all code whose figures these are."""
-  rooms = ("kernels", "model", "objectives", "parallel", "training")
-  files = [f for room in rooms for f in sorted((PACKAGE / room).glob("*.py"))]
-  files += sorted(HERE.glob("gpu_train*.py"))
-  digest = hashlib.sha256()
-  for file in files:
-    digest.update(file.read_bytes())
-  return digest.hexdigest()
-
-
 def parse(arguments):
   """The flags; raises UserError for rows and policies that there are not."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = gpu_run.parser("gpu_train", __doc__.splitlines()[0], table.ROWS)
   add = parser.add_argument
-  add("--rows", default="T1", help=f"some of {','.join(table.ROWS)}")
-  add("--out", default=str(HERE / "results" / "gpu_train.json"))
-  add("--resume", action="store_true", help="go on from what --out holds")
-  add("--minutes", type=float, default=9.0, help="stop in time, all written")
-  add("--rounds", type=int, default=0, help="turns of every side (3)")
-  add("--nano", action="store_true", help="tiny, on any device: does it run?")
-  add("--peer_python", default=os.environ.get("PEER_PYTHON", ""))
   add("--jla_python", default=os.environ.get("JLA_PYTHON", ""))
   add("--attention", default="auto", help="a key of kernels.ATTENTION")
   add("--policy", default="", help="REMATERIALISE:MICROBATCH:LOSS_CHUNK")
   add("--xla_sweep", action="store_true", help="try XLA flags too")
-  add("--cache", default=str(HERE.parent / "build" / "gpu_train"))
   settings = parser.parse_args(arguments)
-  settings.rows = settings.rows.split(",")
-  for name in settings.rows:
-    if name not in table.ROWS:
-      raise errors.UserError(
-        f"--rows={name} is not known; use some of {','.join(table.ROWS)}."
-      )
+  settings.rows = gpu_run.check_rows(settings.rows, table.ROWS)
   if settings.policy:
     parts = settings.policy.split(":")
     if len(parts) != 3 or parts[0] not in table.POLICIES:
@@ -513,51 +342,15 @@ def parse(arguments):
 
 def main(arguments):
   settings = parse(arguments)
-  out = pathlib.Path(settings.out)
-  found = {}
-  if settings.resume and out.is_file():
-    found = json.loads(out.read_text(encoding="utf-8"))
-
-  def save():
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out)
-
-  found |= {
-    "benchmark": "gpu_train",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "host": {"python": platform.python_version(), "cpus": os.cpu_count()},
-    "environment": {
-      name: value
-      for name, value in sorted(os.environ.items())
-      if name.startswith(("XLA_", "JAX_", "NVIDIA_", "CUDA_"))
-    },
-  }
-  found.setdefault("settings", []).append(vars(settings))
   rows = {name: table.ROWS[name] for name in settings.rows}
-  benchmark = Benchmark(
-    settings, table.nano(rows) if settings.nano else rows, found, save
+  if settings.nano:
+    rows = table.nano(rows)
+  gpu_run.measure(
+    settings,
+    lambda found, save: Benchmark(settings, rows, found, save),
+    table.show,
   )
-  found["plan"] = dataclasses.asdict(benchmark.plan)
-  try:
-    benchmark.prepare()
-    for name in settings.rows:
-      try:
-        benchmark.measure(name)
-      except turns.Failed as error:
-        found["rows"][name]["failed"] = str(error)
-        print(f"row {name} failed: {error}", file=sys.stderr)
-  except turns.OutOfTime:
-    print("the time is up; the same command with --resume goes on")
-  finally:
-    save()
-  print(f"\n{table.show(found)}\n\nall figures: {out}")
 
 
 if __name__ == "__main__":
-  try:
-    main(sys.argv[1:])
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  gpu_run.command(main)

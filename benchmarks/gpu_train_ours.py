@@ -15,7 +15,9 @@ import statistics
 import time
 
 import cpu_worker
+import gpu_rates
 import gpu_train_work as work
+import gpu_weights
 import numpy as np
 
 
@@ -46,7 +48,7 @@ class Ours:
 
     config = _config(spec)
     length = flops.attention_length(_rows(spec, config, 0)["segments"])
-    weights = work.shapes(dataclasses.asdict(config)).values()
+    weights = gpu_weights.shapes(dataclasses.asdict(config)).values()
     return {
       "config": dataclasses.asdict(config),
       "parameters": int(sum(np.prod(shape) for shape in weights)),
@@ -54,31 +56,8 @@ class Ours:
     }
 
   def rate(self, size, soak, repeats):
-    """bfloat16 FLOP/s: median of products [size, size]^2, after soak seconds.
-
-    Ten products a call, so that no launch shows.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(k, (size, size), jnp.bfloat16) for k in keys)
-    b = b * jnp.bfloat16(size**-0.5)  # what comes out is spread as what went in
-
-    @jax.jit
-    def ten(a):
-      return jax.lax.fori_loop(0, 10, lambda _, x: x @ b, a)
-
-    began = time.perf_counter()
-    ten(a).block_until_ready()
-    while time.perf_counter() - began < soak:
-      a = ten(a).block_until_ready()
-    times = []
-    for _ in range(repeats):
-      start = time.perf_counter()
-      a = ten(a).block_until_ready()
-      times.append(time.perf_counter() - start)
-    return {"flops": 10 * 2 * size**3 / statistics.median(times)}
+    """bfloat16 FLOP/s; see gpu_rates.matmul."""
+    return {"flops": gpu_rates.matmul(size, soak, repeats)}
 
   def check_attention(self, length, heads, kv_heads, head_dim):
     """Each kernel in bfloat16 against the reference in float32.
@@ -142,7 +121,7 @@ class Ours:
     return {"errors": found}
 
   def logits(self, spec, file):
-    """Float32 logits of the weights of gpu_train_work, for row 0."""
+    """Float32 logits of the weights of gpu_weights, for row 0."""
     import jax
 
     from llama_jax.model import decoder as decoder_lib
@@ -155,7 +134,7 @@ class Ours:
     with jax.default_matmul_precision("highest"):
       run = jax.jit(lambda *args: decoder.apply(*args)[0])
       logits = run(
-        {"params": _weights(config)},
+        {"params": gpu_weights.stacked(dataclasses.asdict(config))},
         *(batch[n][:1] for n in ("tokens", "positions", "segments")),
       )
     np.save(file, np.asarray(logits))
@@ -174,7 +153,8 @@ class Ours:
     }
     precision = "highest" if spec["dtype"] == "float32" else "default"
     with jax.default_matmul_precision(precision):
-      training = Training(spec, policy, _weights(config))
+      weights = gpu_weights.stacked(dataclasses.asdict(config))
+      training = Training(spec, policy, weights)
       training.compile()
       metrics = training.step(0)
     return {n: float(metrics[n]) for n in ("loss", "grad_norm")}
@@ -357,27 +337,6 @@ def _rows(spec, config, seed):
     spec["mean_document"],
     seed,
   )
-
-
-def _weights(config):
-  """The weights of gpu_train_work as params, layers stacked."""
-  import jax.numpy as jnp
-
-  params, layers = {}, {}
-  for path, shape in work.shapes(dataclasses.asdict(config)).items():
-    names = path.split(".")
-    if names[0] == "layers":
-      layers.setdefault(tuple(names[2:]), []).append(work.weight(path, shape))
-      continue
-    params.setdefault(names[0], {})[names[1]] = jnp.asarray(
-      work.weight(path, shape)
-    )
-  for names, arrays in layers.items():
-    place = params.setdefault("layers", {})
-    for name in names[:-1]:
-      place = place.setdefault(name, {})
-    place[names[-1]] = jnp.asarray(np.stack(arrays))
-  return params
 
 
 if __name__ == "__main__":

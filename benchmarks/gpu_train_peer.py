@@ -24,6 +24,7 @@ import time
 
 import cpu_worker
 import gpu_train_work as work
+import gpu_transformers
 import numpy as np
 
 # Tokens whose logits exist at once in the chunked head.
@@ -49,7 +50,7 @@ class Peer:
     """Largest difference of our logits, in the file, from transformers'."""
     import torch
 
-    model = _model(config, weights=True)
+    model = gpu_transformers.model(config, weights=True)
     ids = _rows(spec, config, 0)["tokens"][:1].long()
     with torch.inference_mode():
       logits = model(input_ids=ids, use_cache=False).logits
@@ -107,7 +108,7 @@ class Training:
     import torch
 
     self._variant = variant
-    self._model = _model(config, weights)
+    self._model = gpu_transformers.model(config, weights)
     if variant["precision"] == "bfloat16":
       self._model.to(torch.bfloat16)
     self._model.train()
@@ -148,7 +149,8 @@ class Training:
     loss = 0.0
     for start in range(0, len(rows["tokens"]), size):
       part = {n: a[start : start + size] for n, a in rows.items()}
-      with _autocast(self._variant), _attention(self._variant):
+      backend = gpu_transformers.attention(self._variant["attention"])
+      with _autocast(self._variant), backend:
         x = self._trunk(
           input_ids=part["tokens"].long(), use_cache=False
         ).last_hidden_state
@@ -250,85 +252,14 @@ def _chunked_loss():
 _MADE = []
 
 
-def _device():
-  import torch
-
-  return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _rows(spec, config, seed):
   import torch
 
   found = work.rows(
     config["vocab_size"], spec["rows"], spec["sequence"], 0, seed
   )
-  names = ("tokens", "targets", "loss_mask")
-  return {n: torch.from_numpy(found[n].copy()).to(_device()) for n in names}
-
-
-def _model(config, weights):
-  """transformers' model of our config, fresh or of gpu_train_work's weights."""
-  import torch
-  from transformers import LlamaConfig, LlamaForCausalLM
-
-  rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-  if scaling := config["rope_scaling"]:
-    rope = rope | {
-      "rope_type": scaling["kind"],
-      "factor": scaling["factor"],
-      "low_freq_factor": scaling["low_freq_factor"],
-      "high_freq_factor": scaling["high_freq_factor"],
-      "original_max_position_embeddings": scaling["original_context"],
-    }
-  theirs = LlamaConfig(
-    vocab_size=config["vocab_size"],
-    hidden_size=config["embed_dim"],
-    intermediate_size=config["mlp_dim"],
-    num_hidden_layers=config["num_layers"],
-    num_attention_heads=config["num_heads"],
-    num_key_value_heads=config["num_kv_heads"],
-    head_dim=config["head_dim"],
-    max_position_embeddings=config["context_length"],
-    rms_norm_eps=config["norm_eps"],
-    rope_parameters=rope,
-    tie_word_embeddings=config["tied_embeddings"],
-    attn_implementation="sdpa",
-    use_cache=False,
-  )
-  with torch.device(_device()):
-    model = LlamaForCausalLM(theirs)
-  if weights:
-    with torch.no_grad():
-      for path, shape in work.shapes(config).items():
-        values = torch.from_numpy(work.weight(path, shape))
-        if path.endswith("kernel"):
-          values = values.T
-        model.get_parameter(_name(path)).copy_(values)
-  return model
-
-
-def _name(path):
-  """transformers' name of one of our paths."""
-  whole = {
-    "embed.embedding": "model.embed_tokens.weight",
-    "final_norm.scale": "model.norm.weight",
-    "head.kernel": "lm_head.weight",
-  }
-  if path in whole:
-    return whole[path]
-  _, layer, rest = path.split(".", 2)
-  inner = {
-    "attention_norm.scale": "input_layernorm",
-    "mlp_norm.scale": "post_attention_layernorm",
-    "attention.query.kernel": "self_attn.q_proj",
-    "attention.key.kernel": "self_attn.k_proj",
-    "attention.value.kernel": "self_attn.v_proj",
-    "attention.out.kernel": "self_attn.o_proj",
-    "mlp.gate.kernel": "mlp.gate_proj",
-    "mlp.up.kernel": "mlp.up_proj",
-    "mlp.down.kernel": "mlp.down_proj",
-  }[rest]
-  return f"model.layers.{layer}.{inner}.weight"
+  names, device = ("tokens", "targets", "loss_mask"), gpu_transformers.device()
+  return {n: torch.from_numpy(found[n].copy()).to(device) for n in names}
 
 
 def _autocast(variant):
@@ -336,19 +267,7 @@ def _autocast(variant):
 
   if variant["precision"] != "masters":
     return contextlib.nullcontext()
-  return torch.autocast(_device(), dtype=torch.bfloat16)
-
-
-def _attention(variant):
-  from torch.nn.attention import SDPBackend, sdpa_kernel
-
-  chosen = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-  }
-  if variant["attention"] == "sdpa":
-    return contextlib.nullcontext()
-  return sdpa_kernel(chosen[variant["attention"]])
+  return torch.autocast(gpu_transformers.device(), dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import dataclasses
 import statistics
 from collections.abc import Mapping
 
+import gpu_run
+
 PEAK = 989e12  # of H100 and H200 in dense bfloat16
-DRIFT = 0.03  # of the measured matrix rate, before and after a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,25 +165,10 @@ def summarise(row, entry, dense_flops):
       "sol": rate * flops / statistics.mean((before, after)),
       "peak_bytes": max((told[name]["peak"] or 0) for told in entry["rounds"]),
     }
-  ours = [told["ours"]["seconds"] for told in entry["rounds"]]
-  ratios = {}
-  for name in columns:
-    if name != "ours":
-      pairs = [
-        told[name]["seconds"] / mine
-        for told, mine in zip(entry["rounds"], ours, strict=True)
-      ]
-      ratios[name] = {
-        "ratio": statistics.median(pairs),
-        "min": min(pairs),
-        "max": max(pairs),
-      }
-  drift = abs(after / before - 1)
   return {
     "columns": columns,
-    "ratios": ratios,
-    "drift": drift,
-    "dropped": drift > DRIFT,
+    "ratios": gpu_run.ratios(entry["rounds"]),
+    **gpu_run.drift(entry["rates"]),
     "bar_mfu": row.bar,
     "bars": dict(row.bars),
   }
@@ -197,17 +183,10 @@ def show(found):
   for name, entry in found.get("rows", {}).items():
     summary = entry.get("summary", {})
     for column, told in summary.get("columns", {}).items():
-      ratio = summary["ratios"].get(column)
-      shown = ""
-      if ratio:
-        shown = f"{ratio['ratio']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-        for start, least in summary["bars"].items():
-          if column.startswith(start):
-            shown += f", bar {least:g}"
-      elif summary["bar_mfu"]:
+      shown = gpu_run.show_ratio(summary, column)
+      if column == "ours" and summary["bar_mfu"]:
         shown = f"bar of MFU {summary['bar_mfu']:.0%}"
-      if summary["dropped"]:
-        shown += f"; DROPPED, the matrix rate moved by {summary['drift']:.0%}"
+      shown += gpu_run.show_drift(summary)
       share = [
         "-" if told[k] is None else f"{told[k]:.1%}" for k in ("mfu", "sol")
       ]

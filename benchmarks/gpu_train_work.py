@@ -1,13 +1,11 @@
 """The work that both sides of the GPU training benchmark do: numbers alone.
 
-Weights, rows of tokens and text come from NumPy by seed, so that no file has to
-pass between a process of JAX and one of torch. Letters of model/decoder.py.
+Rows of tokens and text come from NumPy by seed, so that no file has to pass
+between a process of JAX and one of torch; weights likewise (gpu_weights.py).
 """
 
 import pathlib
 import sysconfig
-import zlib
-from typing import Any
 
 import numpy as np
 
@@ -19,42 +17,6 @@ OPTIMIZER = {
   "weight_decay": 0.1,
   "clip_norm": 1.0,
 }
-
-
-def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Our paths -> shapes of a model, with one entry for each layer's array.
-
-  Args:
-    config: model.config.LlamaConfig as a dict.
-  """
-  V, D, F = (config[n] for n in ("vocab_size", "embed_dim", "mlp_dim"))
-  N, K, H = (config[n] for n in ("num_heads", "num_kv_heads", "head_dim"))
-  found = {"embed.embedding": (V, D), "final_norm.scale": (D,)}
-  if not config["tied_embeddings"]:
-    found["head.kernel"] = (D, V)
-  for layer in range(config["num_layers"]):
-    for path, shape in (
-      ("attention_norm.scale", (D,)),
-      ("mlp_norm.scale", (D,)),
-      ("attention.query.kernel", (D, N * H)),
-      ("attention.key.kernel", (D, K * H)),
-      ("attention.value.kernel", (D, K * H)),
-      ("attention.out.kernel", (N * H, D)),
-      ("mlp.gate.kernel", (D, F)),
-      ("mlp.up.kernel", (D, F)),
-      ("mlp.down.kernel", (F, D)),
-    ):
-      found[f"layers.{layer}.{path}"] = shape
-  return found
-
-
-def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
-  """One array of a random model, float32; norms' scales lie around 1."""
-  rng = np.random.default_rng(zlib.crc32(path.encode()))
-  values = rng.standard_normal(shape, np.float32)
-  if path.endswith("scale"):
-    return 1 + np.float32(0.1) * values
-  return np.float32(0.02) * values
 
 
 def rows(

@@ -16,24 +16,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cpu  # noqa: E402
 import cpu_ours  # noqa: E402
+import cpu_report  # noqa: E402
+import cpu_side  # noqa: E402
+import fake_side  # noqa: E402
 
 PLAN = cpu.Plan(rounds=2, warmups=1, start_rounds=1, check=8)
 NANO_OPTIMIZER = cpu.OPTIMIZER | {"peak_lr": 1e-2}
-
-
-def write_fake(path, slowness=1.0, offset=0.0):
-  """A fake side that is so much slower, and whose logits are off."""
-  source = FAKE.read_text()
-  for before, after in (
-    ("SLOWNESS = 1.0", f"SLOWNESS = {slowness}"),
-    ("OFFSET = 0.0", f"OFFSET = {offset}"),
-    # It lies elsewhere than the module that it shares.
-    ("pathlib.Path(__file__).parents[2]", f"pathlib.Path({str(ROOT)!r})"),
-  ):
-    assert before in source
-    source = source.replace(before, after)
-  path.write_text(source)
-  return path
 
 
 def make(folder, peer):
@@ -42,10 +30,12 @@ def make(folder, peer):
 
 
 def test_every_part_becomes_rows_with_the_right_ratios(tmp_path):
-  benchmark = make(tmp_path, write_fake(tmp_path / "peer.py", slowness=4.0))
+  benchmark = make(
+    tmp_path, fake_side.write(tmp_path / "peer.py", slowness=4.0)
+  )
   benchmark.run(cpu.PARTS)
-  result = cpu.report(benchmark, cpu.describe_machine(), {}, 1.0)
-  cpu.write(result, tmp_path / "new" / "cpu.json")
+  result = cpu.report(benchmark, cpu_report.describe_machine(), {}, 1.0)
+  cpu_report.write(result, tmp_path / "new" / "cpu.json")
   result = json.loads((tmp_path / "new" / "cpu.json").read_text())
   rows = {row["name"]: row for row in result["rows"]}
   # Every bar of the issue meets a row of the default plan.
@@ -64,16 +54,16 @@ def test_every_part_becomes_rows_with_the_right_ratios(tmp_path):
   assert rows["compile decoding"]["baseline"] == "cold"
   assert rows["compile decoding"]["ratio"]["ratio"] == 1.0
   assert len(result["rates"]) == 2
-  assert result["config_hash"] == cpu.hash_config({"num_layers": 2})
+  assert result["config_hash"] == cpu_report.hash_config(fake_side.CONFIG)
   lines = cpu.table(result).splitlines()
   assert len(lines) == 1 + len(rows)
   (line,) = (line for line in lines if line.startswith("train 4 x 512"))
   assert "4.00 (4.00-4.00)" in line and ">= 1.7" in line and ">= 0.9" in line
-  assert "copy, GB/s" in cpu.rates_table(result["rates"])
+  assert "copy, GB/s" in cpu_report.rates_table(result["rates"])
 
 
 def test_sides_that_differ_are_not_timed(tmp_path):
-  peer = write_fake(tmp_path / "peer.py", offset=0.01)
+  peer = fake_side.write(tmp_path / "peer.py", offset=0.01)
   with pytest.raises(errors.UserError, match="nothing is timed: logits"):
     make(tmp_path, peer)
 
@@ -89,7 +79,7 @@ def test_a_worker_that_dies_says_why(tmp_path, capsys):
 def test_a_peer_that_is_not_there_is_one_line(tmp_path):
   with (
     pytest.raises(errors.UserError, match="--peer_python"),
-    cpu.start_worker(str(tmp_path / "python"), FAKE),
+    cpu_side.start_worker(str(tmp_path / "python"), FAKE),
   ):
     pass
 
@@ -115,7 +105,7 @@ def test_our_worker_computes_what_it_times(tmp_path):
 
 def test_our_worker_answers_over_its_pipes(tmp_path):
   script = ROOT / "benchmarks" / "cpu_ours.py"
-  with cpu.start_worker(sys.executable, script) as worker:
+  with cpu_side.start_worker(sys.executable, script) as worker:
     answer = worker.ask(
       "speak",
       weights="random:nano",

@@ -1,6 +1,5 @@
 """benchmarks/gpu_train.py: its plumbing with fake sides, and a nano run."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -8,8 +7,8 @@ import pathlib
 import subprocess
 import sys
 import time
-import types
 
+import fake_turns
 import jax
 import numpy as np
 import pytest
@@ -26,8 +25,9 @@ import gpu_train  # noqa: E402
 import gpu_train_jla  # noqa: E402
 import gpu_train_ours  # noqa: E402
 import gpu_train_rows as table  # noqa: E402
-import gpu_train_turn as turns  # noqa: E402
 import gpu_train_work as work  # noqa: E402
+import gpu_turn as turns  # noqa: E402
+import gpu_weights  # noqa: E402
 
 # What the machine with the GPU lacks.
 ABSENT = """
@@ -100,31 +100,13 @@ def test_a_nano_run_beside_transformers(tmp_path):
   assert "transformers masters" in found["rows"]["T1"]["summary"]["ratios"]
 
 
-class Fake:
-  """Sides that compute nothing: a rule says what each answers."""
-
-  def __init__(self, rule):
-    self.rule, self.calls = rule, []
-
-  @contextlib.contextmanager
-  def turn(self, side, flags="", seconds=0):
-    def ask(call, **arguments):
-      self.calls.append((side, call, arguments))
-      answer = self.rule(side, call, arguments)
-      if isinstance(answer, Exception):
-        raise answer
-      return answer
-
-    yield types.SimpleNamespace(ask=ask, began=0.0, end=lambda: None)
-
-
 def make(rule, rows=("T1",), flags=()):
   settings = gpu_train.parse(
     [f"--rows={','.join(rows)}", "--rounds=2", "--peer_python=x", *flags]
   )
   named = {name: table.ROWS[name] for name in settings.rows}
   benchmark = gpu_train.Benchmark(settings, named, {}, lambda: None)
-  fake = Fake(rule)
+  fake = fake_turns.Turns(rule)
   benchmark.turn = fake.turn
   return benchmark, fake
 
@@ -288,11 +270,15 @@ def test_bad_flags_are_one_line(tmp_path, flag):
 
 def test_a_worker_that_dies_or_hangs(tmp_path):
   deadline = 0.0  # in the past
-  start = turns.start("ours", sys.executable, tmp_path, "", deadline)
+  start = turns.start(
+    "gpu_train_ours.py", sys.executable, tmp_path, "", deadline
+  )
   with start as turn, pytest.raises(turns.OutOfTime):
     turn.ask("hello")
   deadline = time.monotonic() + 60
-  start = turns.start("ours", sys.executable, tmp_path, "", deadline)
+  start = turns.start(
+    "gpu_train_ours.py", sys.executable, tmp_path, "", deadline
+  )
   with start as turn, pytest.raises(turns.Failed):
     turn.end()
     turn.ask("hello")
@@ -318,10 +304,12 @@ def test_packed_rows():
 @pytest.mark.parametrize("size", ("nano", "llama3.1-8b"))
 def test_the_weights_are_a_whole_model(size):
   config = sizes.get(size)
-  shapes = work.shapes(dataclasses.asdict(config))
+  shapes = gpu_weights.shapes(dataclasses.asdict(config))
   count = sum(np.prod(shape) for shape in shapes.values())
   assert count == decoder.count_parameters(config)
-  a, b = (work.weight("layers.0.mlp.up.kernel", (64, 192)) for _ in range(2))
+  a, b = (
+    gpu_weights.weight("layers.0.mlp.up.kernel", (64, 192)) for _ in range(2)
+  )
   np.testing.assert_array_equal(a, b)
   assert a.std() == pytest.approx(0.02, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""A turn of the GPU training benchmark: a side's process while it is asked."""
+"""A turn of a GPU benchmark: a side's process while it is asked."""
 
 import contextlib
 import json
@@ -62,11 +62,11 @@ class Turn:
 
 
 @contextlib.contextmanager
-def start(side, python, cache, flags, deadline):
+def start(worker, python, cache, flags, deadline):
   """A side's process, for as long as the context lasts.
 
   Args:
-    side: "ours", "peer" or "jla".
+    worker: the name of its file, beside this one.
     python: its interpreter.
     cache: a folder for compiled programs.
     flags: XLA_FLAGS beside those of the environment.
@@ -90,7 +90,7 @@ def start(side, python, cache, flags, deadline):
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
   with tempfile.TemporaryFile() as said:
     process = subprocess.Popen(
-      [python, str(HERE / f"gpu_train_{side}.py")],
+      [python, str(HERE / worker)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=said,
