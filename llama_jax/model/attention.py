@@ -1,6 +1,7 @@
 """The attention half of a block: projections, RoPE, kernel, cache.
 
-B batch, T tokens, t = B * T, N heads, K kv heads, H head dim, D embed.
+B batch, T tokens, t = B * T, N heads, K kv heads, n = N + 2 K, H head dim, D
+embed.
 """
 
 import math
@@ -93,9 +94,13 @@ class Attention(nn.Module):
       y_BTNH = layer_(x_tD).reshape(B, T, heads, H)
       return rules.constrain(y_BTNH, "batch", None, axis, None)
 
-    q_BTNH = project("query", N, "heads")
-    k_BTKH = project("key", K, "kv_heads")
-    v_BTKH = project("value", K, "kv_heads")
+    if self.has_variable("params", "qkv"):  # decoder.merge
+      all_BTnH = project("qkv", N + 2 * K, "heads")
+      q_BTNH, k_BTKH, v_BTKH = jnp.split(all_BTnH, (N, N + K), axis=2)
+    else:
+      q_BTNH = project("query", N, "heads")
+      k_BTKH = project("key", K, "kv_heads")
+      v_BTKH = project("value", K, "kv_heads")
     q_BTNH = rope.rotate(q_BTNH, tokens.cos_BTh, tokens.sin_BTh)
     k_BTKH = rope.rotate(k_BTKH, tokens.cos_BTh, tokens.sin_BTh)
 

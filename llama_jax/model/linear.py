@@ -33,8 +33,11 @@ class Linear(nn.Module):
     stddev: of the normal initialisation.
     dtype: compute dtype; the kernel is stored in float32 at initialisation.
       fp8.E4M3 multiplies in float8 and gives x's dtype.
-    transposed: the kernel lies as [out, in], which decoding wants; such a one
-      may be quantized (model/quantize.py).
+    transposed: the kernel lies as [out, in], which decoding wants.
+
+  A kernel may be quantized (as [out, in]), for decoding by model/quantize.py
+  and for training by model/lora.py. Where params hold lora_a and lora_b, their
+  product with x is added.
   """
 
   shape: tuple[int, int]
@@ -50,13 +53,22 @@ class Linear(nn.Module):
       self, "kernel", self.shape[::order], self.axes[::order], self.stddev
     )
     if isinstance(kernel, int8.Quantized):
-      y_tO = int8.matmul(x_tI.astype(self.dtype), kernel).astype(self.dtype)
+      x_tI = x_tI.astype(self.dtype)
+      if self.transposed:
+        y_tO = int8.matmul(x_tI, kernel).astype(self.dtype)
+      else:
+        y_tO = int8.frozen_matmul(x_tI, kernel)
     elif self.dtype == fp8.E4M3:
       y_tO = fp8.matmul(x_tI, kernel)
     elif self.transposed:
       y_tO = matmul.matmul_rows(x_tI, kernel, self.dtype)
     else:
       y_tO = matmul.matmul(x_tI, kernel, self.dtype)
+    if self.has_variable("params", "lora_a"):
+      a_Ir = self.get_variable("params", "lora_a")
+      b_rO = self.get_variable("params", "lora_b")
+      x_tr = matmul.matmul(x_tI, a_Ir, y_tO.dtype)
+      y_tO = y_tO + matmul.matmul(x_tr, b_rO, y_tO.dtype)
     return checkpoint_name(y_tO, KEPT)
 
 

@@ -26,7 +26,11 @@ class MLP(nn.Module):
         shape, axes, stddev, self.dtype, self.transposed, name=name
       )
 
-    gate_tF = project("gate", (D, F), ("embed", "mlp"), 0.02)(x_tD)
-    up_tF = project("up", (D, F), ("embed", "mlp"), 0.02)(x_tD)
+    if self.has_variable("params", "gate_up"):  # decoder.merge
+      both = project("gate_up", (D, 2 * F), ("embed", "mlp"), 0.02)
+      gate_tF, up_tF = jnp.split(both(x_tD), 2, axis=1)
+    else:
+      gate_tF = project("gate", (D, F), ("embed", "mlp"), 0.02)(x_tD)
+      up_tF = project("up", (D, F), ("embed", "mlp"), 0.02)(x_tD)
     down = project("down", (F, D), ("mlp", "embed"), last)
     return down(nn.silu(gate_tF) * up_tF).reshape(x_BTD.shape)

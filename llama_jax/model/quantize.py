@@ -1,7 +1,7 @@
 """Weights in 8 or 4 bits, for decoding.
 
 Every matrix of the unrolled params becomes an int8.Quantized in its place;
-linear.matrix and the decoder take either. Norms stay as they are. Matrices that
+linear.matrix and the decoder take either. Norms and scores stay. Matrices that
 words look up or are scored by are 8 bits wide in "int4" too: at 4, the tied one
 of SmolLM2-135M cost 0.08 nats a token.
 """
@@ -18,6 +18,8 @@ from llama_jax.kernels import int8
 KINDS = ("int8", "int4")
 _MATRICES = ("kernel", "embedding")
 _WORDS = ("embed", "head")
+# One row: nothing to save.
+_KEPT = ("score",)
 
 
 def _is_quantized(leaf) -> bool:
@@ -47,7 +49,7 @@ def quantize(
 
   def one(path, leaf):
     keys = [entry.key for entry in path]
-    if keys[-1] not in _MATRICES:
+    if keys[-1] not in _MATRICES or keys[0] in _KEPT:
       return leaf
     if kind == "int8" or keys[0] in _WORDS or leaf.shape[1] % int8.GROUP:
       return _eight(leaf)

@@ -25,8 +25,6 @@ LARGE = dataclasses.replace(
   head_dim=8,
   embed_dim=48,
   mlp_dim=40,
-  # The norms' correction is exact but for what it adds.
-  norm_eps=1e-9,
   tied_embeddings=False,
 )
 SMALL = dataclasses.replace(
@@ -86,21 +84,25 @@ def unused(config, params, target, seed=0):
 
 
 def test_what_is_unused_changes_no_logit(random_params):
-  params = unused(LARGE, random_params(LARGE, spread=0.3), SMALL)
-  want = logits_of(model_of(LARGE), params)
-  found = prune.measure(model_of(LARGE), params, [make_batch()])
-  pruned = prune.prune(LARGE, params, found, SMALL)
+  # What the norms add to squares is all that their correction cannot undo.
+  large, small = (
+    dataclasses.replace(config, norm_eps=1e-9) for config in (LARGE, SMALL)
+  )
+  params = unused(large, random_params(large, spread=0.3), small)
+  want = logits_of(model_of(large), params)
+  found = prune.measure(model_of(large), params, [make_batch()])
+  pruned = prune.prune(large, params, found, small)
   shapes = jax.eval_shape(
-    lambda: nn.unbox(decoder_lib.init(model_of(SMALL), jax.random.key(0)))
+    lambda: nn.unbox(decoder_lib.init(model_of(small), jax.random.key(0)))
   )
   assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(jnp.shape, shapes)
-  got = logits_of(model_of(SMALL), pruned)
+  got = logits_of(model_of(small), pruned)
   np.testing.assert_allclose(got, want, atol=3e-5 * float(jnp.std(want)))
   # The other way round, what is of use would go.
   turned = jax.tree.map(lambda a: a.max() - a, found)
   turned = turned._replace(shares_nD=found.shares_nD)
-  other = prune.prune(LARGE, params, turned, SMALL)
-  off = logits_of(model_of(SMALL), other) - want
+  other = prune.prune(large, params, turned, small)
+  off = logits_of(model_of(small), other) - want
   assert np.abs(off).max() > 0.1 * float(jnp.std(want))
 
 
@@ -187,6 +189,27 @@ def test_embedding_channels_are_worth_what_is_behind_the_norms(measured):
     ):
       np.testing.assert_allclose(got, want.mean(0), rtol=1e-4)
   assert found.embed_nD.shape == found.shares_nD.shape == (9, 48)
+
+
+def test_norms_are_corrected_for_the_channels_that_are_gone(measured):
+  """By how much less they divide squares by, in the mean over tokens."""
+  params, found = measured
+  target = dataclasses.replace(LARGE, embed_dim=30)
+  pruned = prune.prune(LARGE, params, found, target)
+  columns = np.asarray(pruned["embed"]["embedding"]).T
+  kept = [
+    any(np.array_equal(one, column) for column in columns)
+    for one in params["embed"]["embedding"].T
+  ]
+  assert sum(kept) == 30
+  for layer, (held, x, _, _) in enumerate(walk(params)):
+    squares = real(x) ** 2
+    left, all_ = (
+      part.mean(1) + LARGE.norm_eps for part in (squares[:, kept], squares)
+    )
+    want = held["attention_norm"]["scale"][kept] * (left / all_).mean() ** 0.5
+    got = pruned["layers"]["attention_norm"]["scale"][layer]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_batches_add_up(measured):

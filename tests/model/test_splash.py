@@ -2,7 +2,6 @@
 TPUs that are not there."""
 
 import dataclasses
-import importlib.util
 import re
 
 import flax.linen as nn
@@ -54,23 +53,10 @@ def test_on_a_mesh_each_device_runs_its_own_heads_and_rows(monkeypatch, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_sharded_gradient_compiles_for_tpus(monkeypatch, head_dim):
-  from jax.experimental import topologies
-
-  for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-  }.items():
-    monkeypatch.setenv(name, value)
-  topology = topologies.get_topology_desc("v5p:2x2x1", "tpu")
+def test_a_sharded_gradient_compiles_for_tpus(tpu_topology, head_dim):
   mesh = mesh_lib.make(
-    mesh_lib.ParallelConfig(data=1, fsdp=2, tensor=2), topology.devices
+    mesh_lib.ParallelConfig(data=1, fsdp=2, tensor=2), tpu_topology.devices
   )
   config = dataclasses.replace(NANO, head_dim=head_dim)
   decoder = decoder_lib.Decoder(

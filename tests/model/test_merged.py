@@ -1,0 +1,109 @@
+"""Merged projections: the same forward from fewer and larger matrices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax import errors
+from llama_jax import llama as llama_lib
+from llama_jax.decoding import placement
+from llama_jax.kernels import int8
+from llama_jax.model import decoder as decoder_lib
+from llama_jax.model import quantize, sizes
+from llama_jax.parallel import mesh as mesh_lib
+
+# Another number of heads, of kv heads and of columns each.
+NANO = dataclasses.replace(sizes.get("nano"), head_dim=16)
+DECODER = decoder_lib.Decoder(NANO, scan=False)
+IDS = np.random.default_rng(0).integers(512, size=(2, 24), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def stacked(random_params):
+  return random_params(NANO)
+
+
+@pytest.fixture(scope="module")
+def plain(stacked):
+  return jax.tree.map(jnp.asarray, decoder_lib.unstack(stacked))
+
+
+@jax.jit
+def forward(params):
+  positions = jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
+  segments = jnp.ones_like(positions)
+  return DECODER.apply({"params": params}, IDS, positions, segments)[0]
+
+
+def test_matrices_of_the_same_input_are_one(plain):
+  merged = decoder_lib.merge(plain)
+  D, F, H = 64, 192, 16
+  attention, mlp = (merged["layers_1"][name] for name in ("attention", "mlp"))
+  assert set(attention) == {"qkv", "out"} and set(mlp) == {"gate_up", "down"}
+  assert attention["qkv"]["kernel"].shape == ((4 + 2 * 2) * H, D)
+  assert mlp["gate_up"]["kernel"].shape == (2 * F, D)
+  count = [sum(x.size for x in jax.tree.leaves(p)) for p in (plain, merged)]
+  assert count[0] == count[1]
+  # What was given is as it was.
+  assert set(plain["layers_1"]["mlp"]) == {"gate", "up", "down"}
+
+
+def test_the_forward_is_the_same(plain):
+  """But for the order of sums: of 64 and 192 terms, in float32."""
+  got, want = forward(decoder_lib.merge(plain)), forward(plain)
+  np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.std(want)))
+  # A head or a gate taken for another would show.
+  swapped = decoder_lib.merge(plain)
+  kernel = swapped["layers_0"]["mlp"]["gate_up"]["kernel"]
+  swapped["layers_0"]["mlp"]["gate_up"]["kernel"] = jnp.roll(kernel, 192, 0)
+  assert jnp.abs(forward(swapped) - want).max() > 0.01 * jnp.std(want)
+
+
+@pytest.mark.parametrize("kind", quantize.KINDS)
+def test_quantized_rows_are_the_same_bit_for_bit(plain, kind):
+  """In either order, since every row has scales of its own."""
+  plain = {"layers_0": plain["layers_0"]}
+  apart = quantize.quantize(plain, kind)
+  together = quantize.quantize(decoder_lib.merge(plain), kind)
+  jax.tree.map(
+    np.testing.assert_array_equal, together, decoder_lib.merge(apart)
+  )
+  qkv = int8.dequantize(together["layers_0"]["attention"]["qkv"]["kernel"])
+  key = int8.dequantize(apart["layers_0"]["attention"]["key"]["kernel"])
+  np.testing.assert_array_equal(qkv[64 : 64 + 32], key)
+
+
+def test_llama_merges_where_that_is_faster(stacked, plain, monkeypatch):
+  want = forward(plain)
+
+  def unrolled(**fields):
+    made = llama_lib.Llama(NANO, stacked, None, **fields)
+    return made, made.unrolled[1]
+
+  assert set(unrolled()[1]["layers_0"]["mlp"]) == {"gate", "up", "down"}
+  _, params = unrolled(merged=True)
+  assert "qkv" in params["layers_0"]["attention"]
+  np.testing.assert_allclose(forward(params), want, atol=1e-5)
+  llama, params = unrolled(merged=True, quantize="int8")
+  line = llama.describe_quantized()
+  assert "int8" in line and "%" in line
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert "gate_up" in unrolled()[1]["layers_0"]["mlp"]
+  assert "gate" in unrolled(merged=False)[1]["layers_0"]["mlp"]
+
+
+def test_on_a_mesh_nothing_is_merged(stacked, plain, monkeypatch):
+  mesh = mesh_lib.make(
+    mesh_lib.ParallelConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2]
+  )
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh)
+  assert "gate" in llama._unstacked()["layers_0"]["mlp"]
+  llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh, merged=True)
+  with pytest.raises(errors.ConfigError, match=r"merged=True.*mesh has 2"):
+    llama._unstacked()
+  with pytest.raises(ValueError, match="qkv"):
+    placement.place(DECODER, decoder_lib.merge(plain), mesh)
