@@ -116,9 +116,15 @@ class TextEngine:
     self._engine.cancel(number, sample)
 
   def step(self) -> list[Piece]:
-    """The pieces that one step of the engine brought."""
+    """The pieces that the last step of the engine brought.
+
+    The next one is on its way before they are put into words, so the first
+    brings none, and what ended by a stop string draws once more for nobody.
+    """
+    brought = self._engine.finish()
+    self._engine.start()
     pieces = []
-    for progress in self._engine.step():
+    for progress in brought:
       key = (progress.request, progress.sample)
       writer = self._writers.get(key)
       if writer is None:

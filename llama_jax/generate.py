@@ -9,6 +9,7 @@
     [--temperature --top_p --top_k --min_p --max_new_tokens --seed --stop=TEXT
      --repetition_penalty --presence_penalty --frequency_penalty]
   and for all of them [--quantize=int8|int4] [--dtype=bfloat16]
+    [--parallel.data=1 --parallel.fsdp=1 --parallel.tensor=1]
 
 The text streams as it is decoded. In a chat, Ctrl-C stops an answer and /help
 shows the commands. Infilling prints the whole file, and takes a model trained
@@ -50,17 +51,29 @@ def around_hole(path: str, hole: str) -> tuple[str, str]:
 
 def fill(llama, prefix: str, suffix: str, settings) -> None:
   """Prints the whole text, what is missing as the model writes it."""
+  from llama_jax.decoding import request
   from llama_jax.text import infill
 
   prompt = infill.Infill(llama.need_tokenizer()).prompt(prefix, suffix)
   pieces = llama.stream(
     prompt.ids, stop_ids=prompt.stop_ids, continues=True, **settings
   )
-  # Nothing is printed where the first step is refused.
-  print(prefix + next(pieces, ""), end="", flush=True)
-  for piece in pieces:
-    print(piece, end="", flush=True)
-  print(suffix, end="", flush=True)
+  new = prefix  # Not printed where the first step is refused.
+  while True:
+    try:
+      new += next(pieces)
+    except StopIteration as end:
+      reason = end.value
+      break
+    print(new, end="", flush=True)
+    new = ""
+  print(new + suffix, end="", flush=True)
+  if reason == request.LENGTH:
+    print(
+      f"note: --max_new_tokens={settings['max_new_tokens']} cut what fills the"
+      " hole; give more.",
+      file=sys.stderr,
+    )
 
 
 def _read(path: str | None) -> str:
@@ -74,9 +87,14 @@ def _read(path: str | None) -> str:
 
 def _load():
   from llama_jax import llama as llama_lib
+  from llama_jax.decoding import placement
 
   llama = llama_lib.load(
-    _CKPT.value, dtype=_DTYPE.value, quantize=_QUANTIZE.value, knob="--ckpt"
+    _CKPT.value,
+    dtype=_DTYPE.value,
+    quantize=_QUANTIZE.value,
+    knob="--ckpt",
+    mesh=placement.make_mesh(**_PARALLEL()),
   )
   if _QUANTIZE.value:
     print(llama.describe_quantized(), file=sys.stderr)
@@ -85,7 +103,7 @@ def _load():
 
 def answer_file(sampling_config) -> None:
   """--prompts: what is refused is refused before any weights load."""
-  from llama_jax import batch
+  from llama_jax import answers, batch
   from llama_jax import llama as llama_lib
   from llama_jax.decoding import engine as engine_lib
 
@@ -100,7 +118,7 @@ def answer_file(sampling_config) -> None:
     json_schema=_read(_JSON_SCHEMA.value),
     regex=_REGEX.value or "",
   )
-  output = batch.Output(
+  output = answers.Output(
     pathlib.Path(_OUT.value),
     len(rows),
     batch.identity(
@@ -122,7 +140,9 @@ def answer_file(sampling_config) -> None:
   )
   llama, draft = _load(), None
   if _DRAFT.value:
-    draft = llama_lib.load(_DRAFT.value, dtype=_DTYPE.value, knob="--draft")
+    draft = llama_lib.load(
+      _DRAFT.value, dtype=_DTYPE.value, knob="--draft", mesh=llama.mesh
+    )
   print(batch.run(llama, rows, output, settings, config, draft))
 
 
@@ -231,4 +251,5 @@ if __name__ == "__main__":
   _QUANTIZE = flags.DEFINE_enum(
     "quantize", "", ["", "int8", "int4"], "Weights in so many bits."
   )
+  _PARALLEL = shell.define_parallel()
   shell.run(main)

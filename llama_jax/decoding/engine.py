@@ -8,9 +8,9 @@ the host stands in scheduler.py, what runs on the device in programs.py.
 Not for several threads at once.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -172,6 +172,10 @@ class Engine:
     )
     self._pools = tuple(self._make_pools(one) for one in self._decoders)
     self._copied = _Copied([], (), 0)
+    # Rows that drew last, their knobs, what these ask of a program.
+    self._drawing: tuple[list, Any, Any] = ([], None, None)
+    # What waits for the calls of a step and hands their tokens out.
+    self._under_way: list[Callable[[], list[request_lib.Progress]]] = []
     # Sequences that have not ended, by request.
     self._live: dict[int, list[scheduler_lib.Sequence]] = {}
     self._submitted = self._sequences = 0
@@ -226,19 +230,13 @@ class Engine:
         f" {self._config.page_size} tokens and there are {self._pages.count};"
         f" give decoding.cache_tokens={prompt + new} or more, or ask for less."
       )
-    if request.samples < 1:
-      raise errors.UserError(f"--n={request.samples} must be 1 or more.")
     for name in ("logprobs", "prompt_logprobs"):
       top = getattr(request, name)
-      if top is not None and not 0 <= top <= model.vocab_size:
+      if top is not None and top > model.vocab_size:
         raise errors.UserError(
-          f"--{name}={top} must be from 0 to the {model.vocab_size} words."
+          f"--{name}={top} must be {model.vocab_size} at most, the model's"
+          " words."
         )
-    if not 0 <= request.min_new_tokens <= new:
-      raise errors.UserError(
-        f"--min_new_tokens={request.min_new_tokens} must be from 0 to"
-        f" --max_new_tokens={new}."
-      )
     highest = max(
       [*request.prompt, *(i for i, _ in request.sampling.logit_bias)]
     )
@@ -284,13 +282,31 @@ class Engine:
 
   def step(self) -> list[request_lib.Progress]:
     """One call that reads and one that draws, as there is work."""
-    progress, self._cancelled = self._cancelled, []
+    self.start()
+    return self.finish()
+
+  def start(self) -> None:
+    """Sends a step to the device, unless one is under way.
+
+    Until `finish` the host has its hands free, for what the step before gave:
+    the device does not wait.
+    """
+    if self._under_way:
+      return
     plan = self._scheduler.plan()
-    with self._on_mesh():
+    with placement.on(self._mesh):
+      # Both are sent before either is waited for.
       if plan.prefill:
-        progress += self._read(plan.prefill)
+        self._under_way.append(self._read(plan.prefill))
       if plan.decode:
-        progress += self._draw(plan.decode, plan.count)
+        self._under_way.append(self._draw(plan.decode, plan.count))
+
+  def finish(self) -> list[request_lib.Progress]:
+    """Waits for the step under way: what it, and cancelling, brought."""
+    progress, self._cancelled = self._cancelled, []
+    under_way, self._under_way = self._under_way, []
+    for take in under_way:
+      progress += take()
     return progress
 
   def run(
@@ -311,28 +327,26 @@ class Engine:
     while self.busy:
       yield from self.step()
 
-  def _on_mesh(self):
-    if self._mesh is None:
-      return contextlib.nullcontext()
-    return jax.set_mesh(self._mesh)
-
   def _knobs(self, rows):
-    """The rows' knobs, what they ask of a program, what they have said."""
+    """The rows' knobs and what they ask of a program."""
     requests = [one.request for one in rows]
-    knobs, features = sampling.knobs(
+    return sampling.knobs(
       [one.sampling for one in requests],
       samples=[one.sample for one in rows],
       stop_ids=[tuple(one.stop_ids) for one in requests],
       least=[one.min_new_tokens for one in requests],
     )
-    seen = None
-    if features.penalties:
-      seen = sampling.seen(
-        [one.prompt for one in requests],
-        [one.tokens[len(one.request.prompt) :] for one in rows],
-        self._decoder.config.vocab_size,
-      )
-    return knobs, features, seen
+
+  def _seen(self, rows, features):
+    """What the rows have said, where penalties ask for it."""
+    if not features.penalties:
+      return None
+    requests = [one.request for one in rows]
+    return sampling.seen(
+      [one.prompt for one in requests],
+      [one.tokens[len(one.request.prompt) :] for one in rows],
+      self._decoder.config.vocab_size,
+    )
 
   def _allowed(self, rows):
     """What constraints allow: uint32 [B, V / 32], or None without any."""
@@ -358,10 +372,11 @@ class Engine:
     return min(most, self._decoder.config.vocab_size)
 
   def _read(self, planned):
+    """Sends what is to be read: a function that waits and hands tokens out."""
     packed, drawing = arrays.pack(planned, self._config.page_size)
     rows = arrays.filled(drawing, len(packed.last_R))
-    knobs, features, seen = self._knobs(rows)
-    allowed = self._allowed(rows)
+    knobs, features = self._knobs(rows)
+    seen, allowed = self._seen(rows, features), self._allowed(rows)
     top = self._most(one.request.logprobs for one in drawing)
     scored = self._most(one.request.prompt_logprobs for one, _ in planned)
     found = [
@@ -381,38 +396,48 @@ class Engine:
       for which, decoder in enumerate(self._decoders)
     ]
     self._pools = tuple(pools for *_, pools in found)
-    token_R, drawn, scores, _ = found[0]
+    return functools.partial(self._take_read, planned, rows, *found[0][:3])
+
+  def _take_read(self, planned, rows, token_R, told, scores):
     scores = jax.device_get(scores)
     at = 0
     for sequence, count in planned:
+      begin, at = at, at + count
+      if sequence.completion.finish_reason:
+        continue  # Cancelled meanwhile.
       if sequence.request.prompt_logprobs is not None:
         # Of what is read last the next token is not the prompt's.
         known = min(count, len(sequence.request.prompt) - 1 - sequence.cached)
-        told = sequence.completion.prompt_logprobs
+        there = sequence.completion.prompt_logprobs
         # Some are there already where it was preempted.
-        told += [
-          _logprob(scores, (at + i,), sequence.request.prompt_logprobs)
-          for i in range(max(len(told) - sequence.cached, 0), known)
+        there += [
+          _logprob(scores, (begin + i,), sequence.request.prompt_logprobs)
+          for i in range(max(len(there) - sequence.cached, 0), known)
         ]
-      at += count
       self._scheduler.read(sequence, count)
-    token_B1 = np.asarray(token_R)[:, None]
-    return self._take(rows, token_B1, _column(drawn), token_B1 >= 0)
+    token_R1 = np.asarray(token_R)[:, None]
+    return self._take(rows, token_R1, _column(told), token_R1 >= 0)
 
   def _draw(self, sequences, count: int):
+    """Sends what is to be drawn: a function that waits and hands tokens out."""
     # Where a constraint looks at each token there is one a call.
     speculates = self._config.guesses > 0 and count > 1
     rows = self._copied.keep(sequences, count)
     if rows is None:
       rows = arrays.filled(sequences, arrays.round_up(len(sequences)))
       self._copied = self._copy(rows)
-    knobs, features, seen = self._knobs(rows)
+    if rows != self._drawing[0]:
+      knobs, features = self._knobs(rows)
+      # They stay on the device as long as the rows do.
+      self._drawing = (rows, jax.device_put(knobs), features)
+    _, knobs, features = self._drawing
+    seen = self._seen(rows, features)
     top = self._most(one.request.logprobs for one in sequences)
     asked = self._rows(rows, count, table=speculates)
     caches = self._copied.caches
     if speculates:
       C = self._config.guesses + 1
-      found = speculation.draw(
+      *found, self._pools, self._copied.caches = speculation.draw(
         self._params,
         self._pools,
         caches,
@@ -426,13 +451,7 @@ class Engine:
         features=features,
         top=top,
       )
-      tokens_BRC, counts_BR, told, self._pools, self._copied.caches = found
-      tokens_BC = np.asarray(tokens_BRC).reshape(len(rows), -1)
-      valid_BRC = np.arange(C) < np.asarray(counts_BR)[:, :, None]
-      valid_BC = valid_BRC.reshape(tokens_BC.shape)
-      told = jax.tree.map(
-        lambda a: np.asarray(a).reshape(*tokens_BC.shape, *a.shape[3:]), told
-      )
+      take = functools.partial(self._take_speculated, rows, *found)
     else:
       tokens_BC, told, pools, cache = programs.draw(
         self._params[0],
@@ -448,12 +467,26 @@ class Engine:
       )
       self._pools = (pools, *self._pools[1:])
       self._copied.caches = (cache, *caches[1:])
-      tokens_BC, told = np.asarray(tokens_BC), jax.device_get(told)
-      valid_BC = tokens_BC >= 0
       if len(caches) > 1:
         # The draft has not read these.
         self._copied.room = 0
+      take = functools.partial(self._take_drawn, rows, tokens_BC, told)
     self._copied.room -= count
+    return take
+
+  def _take_drawn(self, rows, tokens_BC, told):
+    tokens_BC = np.asarray(tokens_BC)
+    return self._take(rows, tokens_BC, jax.device_get(told), tokens_BC >= 0)
+
+  def _take_speculated(self, rows, tokens_BRC, counts_BR, told):
+    """Of each round only the tokens that count."""
+    tokens_BRC, counts_BR, told = jax.device_get((tokens_BRC, counts_BR, told))
+    B, R, C = tokens_BRC.shape
+    valid_BRC = np.arange(C) < counts_BR[:, :, None]
+    tokens_BC, valid_BC, told = jax.tree.map(
+      lambda a: a.reshape(B, R * C, *a.shape[3:]),
+      (tokens_BRC, valid_BRC, told),
+    )
     return self._take(rows, tokens_BC, told, valid_BC)
 
   def _rows(self, rows, count: int, table: bool) -> programs.Rows:
@@ -502,7 +535,7 @@ class Engine:
     """Gives each sequence its new tokens, up to what ends it."""
     progress = []
     for row, sequence in enumerate(sequences):
-      if sequence is arrays.IDLE:
+      if sequence is arrays.IDLE or sequence.completion.finish_reason:
         continue
       request, completion = sequence.request, sequence.completion
       new: list[int] = []

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.decoding import request, sampling
+from llama_jax.decoding import placement, request, sampling
 from llama_jax.model import cache as cache_lib
 from llama_jax.model import decoder as decoder_lib
 
@@ -164,6 +164,7 @@ def stream(
   sampling_config: sampling.SamplingConfig,
   stop_ids: Sequence[int],
   tokens_per_call: int = TOKENS_PER_CALL,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[list[list[int]]]:
   """Yields, call by call, each row's new tokens, its stop token the last.
 
@@ -175,6 +176,7 @@ def stream(
     sampling_config: how tokens are chosen.
     stop_ids: a row ends with the first of these.
     tokens_per_call: how many are drawn on the device between two looks.
+    mesh: that params lie on, or None for one device.
   """
   longest = max(len(prompt) for prompt in prompts)
   shortest = min(len(prompt) for prompt in prompts)
@@ -196,15 +198,17 @@ def stream(
   if features.penalties:
     empty = [()] * len(prompts)
     seen = sampling.seen(prompts, empty, decoder.config.vocab_size)
-  generation = prefill(
-    params,
-    *left_pad(prompts, length),
-    knobs,
-    seen,
-    decoder=decoder,
-    slots=slots,
-    features=features,
-  )
+  # Set for each call alone: whoever reads the stream must not find it set.
+  with placement.on(mesh):
+    generation = prefill(
+      params,
+      *left_pad(prompts, length),
+      knobs,
+      seen,
+      decoder=decoder,
+      slots=slots,
+      features=features,
+    )
   ended = [False] * len(prompts)
   stops = set(stop_ids)
   tokens_BC = np.asarray(generation.token_B)[:, None]
@@ -223,14 +227,15 @@ def stream(
     left -= tokens_BC.shape[1]
     if left <= 0 or all(ended):
       return
-    tokens, generation = decode(
-      params,
-      generation,
-      knobs,
-      decoder=decoder,
-      count=tokens_per_call,
-      features=features,
-    )
+    with placement.on(mesh):
+      tokens, generation = decode(
+        params,
+        generation,
+        knobs,
+        decoder=decoder,
+        count=tokens_per_call,
+        features=features,
+      )
     tokens_BC = np.asarray(tokens)
 
 

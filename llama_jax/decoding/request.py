@@ -36,6 +36,9 @@ class Constraint(Protocol):
 class Request:
   """One prompt and how to answer it.
 
+  Raises UserError for what no model could answer; what this one cannot, the
+  engine refuses.
+
   Attributes:
     prompt: token ids, at least one.
     max_new_tokens: an answer has at most so many, its stop token included.
@@ -58,6 +61,25 @@ class Request:
   logprobs: int | None = None
   prompt_logprobs: int | None = None
   constraint: Constraint | None = None
+
+  def __post_init__(self):
+    _check("n", self.samples, self.samples >= 1, "1 or more")
+    new, least = self.max_new_tokens, self.min_new_tokens
+    _check("max_new_tokens", new, new >= 1, "1 or more")
+    _check(
+      "min_new_tokens",
+      least,
+      0 <= least <= new,
+      f"from 0 to --max_new_tokens={new}",
+    )
+    for name in ("logprobs", "prompt_logprobs"):
+      top = getattr(self, name)
+      _check(name, top, top is None or top >= 0, "0 or more")
+
+
+def _check(name: str, value, right: bool, allowed: str) -> None:
+  if not right:
+    raise errors.UserError(f"--{name}={value} must be {allowed}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +138,7 @@ class Progress:
 
 def check_length(prompt: int, new: int, context: int) -> None:
   """Refuses what the model's context cannot hold."""
-  if new < 1:
-    raise errors.UserError(f"--max_new_tokens={new} must be 1 or more.")
+  _check("max_new_tokens", new, new >= 1, "1 or more")
   if prompt == 0:
     raise errors.UserError(
       "The prompt is empty and the model has no BOS token to begin with;"

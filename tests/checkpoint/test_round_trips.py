@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from llama_jax import checkpoint, convert, text
-from llama_jax.checkpoint import names, store
+from llama_jax.checkpoint import (
+  building,
+  gguf,
+  gguf_write,
+  hugging_face,
+  meta,
+  names,
+  store,
+  weights,
+)
 from llama_jax.model import config as config_lib
 from llama_jax.model import sizes
 
@@ -90,3 +99,19 @@ def test_a_format_is_read_as_it_is_written():
     for function in ("read", "read_config", "read_tokenizer", "open_tensors"):
       assert callable(getattr(module, function)), (scheme, function)
     assert hasattr(module, "write_into") == (scheme in checkpoint.WRITES)
+
+
+@pytest.mark.parametrize("module", [hugging_face, meta])
+def test_what_was_quantised_is_written_as_it_is_read(
+  module, tmp_path, random_params
+):
+  """GGUF's own word for a tensor is none of the other formats'."""
+  file = tmp_path / "q.gguf"
+  gguf_write.write(file, PLAIN, random_params(PLAIN), None, quantize="Q8_0")
+  config, source = gguf.open_tensors(file)
+  assert "Q8_0" in {tensor.stored for tensor in source.tensors.values()}
+  with building.building(tmp_path / "new") as site:
+    module.write_into(site, config, source, None)
+  want = weights.read_params(config, source)
+  found = weights.read_params(*module.open_tensors(tmp_path / "new"))
+  assert bits(found) == bits(want)

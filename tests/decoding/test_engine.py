@@ -236,21 +236,27 @@ def test_a_cancelled_request_gives_its_pages_back_at_once(params):
 
 
 @pytest.mark.parametrize(
-  "request_, said",
+  "settings, said",
   [
-    (ask([], 5), ["prompt is empty"]),
-    (ask([1] * 250, 7), ["context of 256"]),
-    (ask([1] * 35, 99), ["35 tokens", "5 pages", "are 4", "cache_tokens=134"]),
-    (ask([1, 512], 5), ["out of range", "0 to 511"]),
-    (ask([1], 5, samples=0), ["--n=0"]),
-    (ask([1], 5, min_new_tokens=6), ["--min_new_tokens=6"]),
-    (ask([1], 5, logprobs=-1), ["--logprobs=-1"]),
+    ({"prompt": []}, ["prompt is empty"]),
+    ({"prompt": [1] * 250, "new": 7}, ["context of 256"]),
+    (
+      {"prompt": [1] * 35, "new": 99},
+      ["35 tokens", "5 pages", "are 4", "cache_tokens=134"],
+    ),
+    ({"prompt": [1, 512]}, ["out of range", "0 to 511"]),
+    ({"new": 0}, ["--max_new_tokens=0", "1 or more"]),
+    ({"samples": 0}, ["--n=0", "1 or more"]),
+    ({"min_new_tokens": 6}, ["--min_new_tokens=6", "--max_new_tokens=5"]),
+    ({"logprobs": -1}, ["--logprobs=-1", "0 or more"]),
+    ({"prompt_logprobs": 513}, ["--prompt_logprobs=513", "512 at most"]),
   ],
+  ids=str,
 )
-def test_what_can_never_be_answered_is_refused(params, request_, said):
+def test_what_can_never_be_answered_is_refused(params, settings, said):
   engine = make(params, cache_tokens=128)
   with pytest.raises(errors.UserError) as caught:
-    engine.submit(request_)
+    engine.submit(ask(**{"prompt": [1], "new": 5, **settings}))
   for words in said:
     assert words in str(caught.value)
   assert not engine.busy
@@ -302,10 +308,10 @@ def test_a_row_too_long_to_copy_is_read_page_by_page(params, forward):
     check_greedy(forward, request, answer)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 2), (2, 2, 1)], ids=str)
-def test_sharded_equals_one_device(params, shape, alone):
-  """Weights, heads and rows split; one prompt is longer than a chunk."""
-  sizes_ = dict(zip(mesh_lib.AXES, shape, strict=True))
+def test_sharded_equals_one_device(params, alone):
+  """Rows and heads split (weights too: test_batch.py); one prompt is longer
+  than a chunk."""
+  sizes_ = {"data": 2, "fsdp": 1, "tensor": 2}
   mesh = mesh_lib.make(mesh_lib.ParallelConfig(**sizes_), jax.devices()[:4])
   engine = engine_lib.Engine(
     DECODER,

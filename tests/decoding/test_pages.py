@@ -126,6 +126,11 @@ class Life(hypothesis.stateful.RuleBasedStateMachine):
     )
     self.asked[self.engine.submit(request)] = request
 
+  @hypothesis.stateful.rule()
+  def send(self):
+    """What comes now, comes while the device works on a step."""
+    self.engine.start()
+
   @hypothesis.stateful.rule(times=st.integers(1, 4))
   def step(self, times):
     for _ in range(times):

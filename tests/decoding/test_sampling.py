@@ -1,11 +1,13 @@
 """Sampling against distributions worked out in NumPy, word by word."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.scipy import special
 
 from llama_jax import errors
 from llama_jax.decoding import sampling
@@ -23,7 +25,7 @@ def by_hand(logits, config, prompt=(), answer=()):
   logits = logits.astype(np.float64).copy()
   for word, added in config.logit_bias:
     logits[word] += added
-  for word in range(V):
+  for word in range(len(logits)):
     times = list(answer).count(word)
     if word in prompt or times:
       r = config.repetition_penalty
@@ -31,7 +33,7 @@ def by_hand(logits, config, prompt=(), answer=()):
     logits[word] -= config.frequency_penalty * times
     logits[word] -= config.presence_penalty * (times > 0)
   logits /= config.temperature or 1
-  ranking = np.argsort(-logits)[: config.top_k or V]
+  ranking = np.argsort(-logits)[: config.top_k or None]
   probs = np.exp(logits[ranking] - logits.max())
   mass, held, kept = probs.sum(), 0.0, []
   for word, prob in zip(ranking, probs, strict=True):
@@ -122,37 +124,106 @@ def test_top_k_at_any_scale(scale):
     assert set(np.flatnonzero(row > -np.inf)) == set(np.argsort(-logits[0])[:k])
 
 
-def choose(logits, configs, drawn, **rest):
+def choose(logits, configs, drawn, seen=None, **rest):
   knobs, features = sampling.knobs(configs, **rest)
   function = jax.jit(sampling.choose, static_argnames="features")
-  return np.asarray(function(logits, knobs, drawn, features=features))
+  return np.asarray(
+    function(logits, knobs, drawn, features=features, seen_=seen)
+  )
 
 
-@pytest.mark.parametrize(
-  "settings",
-  [one for one in COMBINATIONS if "penalty" not in str(one)],
-  ids=str,
+def probabilities(logits, config, prompt=(), answer=()) -> np.ndarray:
+  """Of each word to be drawn next, by hand."""
+  kept, shaped_logits = by_hand(logits, config, prompt, answer)
+  probs = np.zeros(len(logits))
+  probs[kept] = np.exp(shaped_logits[kept] - shaped_logits[kept].max())
+  return probs / probs.sum()
+
+
+def check_frequencies(drawn, probs):
+  """Chi-square: worse than this is one in 100,000."""
+  got, want = np.bincount(drawn, minlength=len(probs)), len(drawn) * probs
+  assert got[probs == 0].sum() == 0
+  # The rarest count together, as so few are not distributed normally.
+  order = np.argsort(want)
+  rare = np.searchsorted(np.cumsum(want[order]), 5)
+  cells = [0, *range(rare + 1, len(want))]
+  got, want = (np.add.reduceat(one[order], cells) for one in (got, want))
+  if len(want) > 1:
+    statistic = ((got - want) ** 2 / want).sum()
+    chance = special.gammaincc((len(want) - 1) / 2, statistic / 2)
+    assert chance > 1e-5, (got, want)
+
+
+PENALTIES = (
+  {"repetition_penalty": 1.6},
+  {"presence_penalty": 0.8},
+  {"frequency_penalty": 0.5},
 )
+OTHERS = (
+  {"temperature": 0.6},
+  {"top_k": 5},
+  {"top_p": 0.8},
+  {"min_p": 0.08},
+  {"logit_bias": ((3, 2.0), (5, -1.5))},
+)
+PAIRS = [
+  WARM | one | two
+  for one, two in itertools.combinations((*PENALTIES, *OTHERS), 2)
+  if one in PENALTIES
+]
+
+
+@pytest.mark.parametrize("settings", [*COMBINATIONS, *PAIRS], ids=str)
 def test_frequencies(settings):
-  """Chi-square over 4,000 answers to one request."""
+  """Over 4,000 answers to one request that has said some words already."""
   config = sampling.SamplingConfig(**settings, seed=3)
   count, logits = 4000, LOGITS[0]
+  # Words in both, in one of them, thrice in the answer, and in neither.
+  prompt, answer = [0, 3, 3, 7], [7, 7, 2, 5, 7]
   drawn = choose(
     np.tile(logits, (count, 1)),
     [config] * count,
     np.full(count, 5),
+    sampling.seen([prompt] * count, [answer] * count, V),
     samples=list(range(count)),
   )
-  got = np.bincount(drawn, minlength=V)
-  kept, want = by_hand(logits, config)
-  probs = np.zeros(V)
-  probs[kept] = np.exp(want[kept] - want[kept].max())
-  probs *= count / probs.sum()
-  assert got[probs == 0].sum() == 0
-  statistic = ((got - probs)[kept] ** 2 / probs[kept]).sum()
-  # Mean df and variance 2 df: five deviations above is one in a million.
-  df = max(len(kept) - 1, 1)
-  assert statistic < df + 5 * (2 * df) ** 0.5, (got, probs)
+  check_frequencies(drawn, probabilities(logits, config, prompt, answer))
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [*PENALTIES, PENALTIES[0] | PENALTIES[1] | PENALTIES[2] | {"top_k": 3}],
+  ids=str,
+)
+def test_a_penalty_is_for_what_was_just_drawn(settings):
+  """Over 4,000 pairs of draws, the second after the first was noted."""
+  config = sampling.SamplingConfig(**WARM | settings, seed=5)
+  count, logits, prompt = 4000, LOGITS[0][:5], [1, 4]
+  knobs, features = sampling.knobs([config] * count, samples=list(range(count)))
+
+  @jax.jit
+  def twice(logits_BV, said):
+    found = []
+    for drawn in range(2):
+      drawn_B = jnp.full(count, drawn)
+      found.append(
+        sampling.choose(logits_BV, knobs, drawn_B, features, seen_=said)
+      )
+      said = said.add(found[-1])
+    return found
+
+  first, second = twice(
+    np.tile(logits, (count, 1)),
+    sampling.seen([prompt] * count, [()] * count, 5),
+  )
+  joint = np.concatenate(
+    [
+      chance * probabilities(logits, config, prompt, [word])
+      for word, chance in enumerate(probabilities(logits, config, prompt))
+    ]
+  )
+  check_frequencies(np.asarray(5 * first + second), joint)
 
 
 @pytest.mark.parametrize("apart", ["place", "sample", "seed"])

@@ -6,7 +6,6 @@ program cannot be interpreted, and it is compiled for a TPU that is not there.
 """
 
 import collections
-import importlib.util
 import math
 import re
 from typing import NamedTuple
@@ -371,31 +370,19 @@ def test_the_gpu_kernel_is_lowered_for_cuda(monkeypatch, T, H, P):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 @pytest.mark.parametrize("T, N, K", [(1, 32, 8), (4, 16, 2), (4, 16, 1)])
-def test_the_tpu_kernel_compiles_for_a_tpu(monkeypatch, T, N, K):
-  from jax.experimental import topologies
+def test_the_tpu_kernel_compiles_for_a_tpu(monkeypatch, tpu_topology, T, N, K):
   from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
   from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-  for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-  }.items():
-    monkeypatch.setenv(name, value)
   monkeypatch.setattr(
     ragged, "ragged_paged_attention", kernel.ragged_paged_attention
   )
   # Which the kernel would choose by the TPU that is there.
   blocks = {"num_kv_pages_per_block": 4, "num_queries_per_block": 8}
   monkeypatch.setattr(paged_ragged, "BLOCKS", blocks)
-  topology = topologies.get_topology_desc("v5p:2x2x1", "tpu")
   mesh = jax.sharding.Mesh(
-    np.array(topology.devices[:1]),
+    np.array(tpu_topology.devices[:1]),
     ("all",),
     axis_types=(jax.sharding.AxisType.Auto,),
   )

@@ -14,7 +14,7 @@ import pytest
 
 from llama_jax import errors
 from llama_jax import text as text_lib
-from llama_jax.text import byte_level, constraint, train_sentencepiece
+from llama_jax.text import byte_level, constraint, grammar, train_sentencepiece
 
 _DATA = pathlib.Path(__file__).parents[3] / "shared/data/tokenizers"
 
@@ -508,8 +508,8 @@ def test_at_the_bounds_it_works(small):
 
 def test_what_brings_the_compiler_down_leaves_us_standing(small, monkeypatch):
   """As thousands of chained $refs do, were they not counted before."""
-  monkeypatch.setattr(constraint, "_MAX_REFS", 10**9)
-  monkeypatch.setattr(constraint, "_MAX_SCHEMA", 10**9)
+  monkeypatch.setattr(grammar, "_MAX_REFS", 10**9)
+  monkeypatch.setattr(grammar, "_MAX_SCHEMA", 10**9)
   with pytest.raises(errors.UserError, match="brought its compiler down"):
     constraint.compile(small, json_schema=_chain(200_000))
 
@@ -518,8 +518,8 @@ def test_a_grammar_that_grows_ends_its_own_text_only(small, monkeypatch):
   # Its lexer has some 2^18 states, of which a text visits one a letter.
   knobs = {"regex": "(?:a|b)*a(?:a|b){18}"}
   other = constraint.compile(small, **knobs)
-  limits = constraint._LIMITS | {"max_lexer_states": 300}
-  monkeypatch.setattr(constraint, "_LIMITS", limits)
+  limits = grammar._LIMITS | {"max_lexer_states": 300}
+  monkeypatch.setattr(grammar, "_LIMITS", limits)
   state = constraint.compile(small, **knobs)
   pair = [_id_of(small, b"a"), _id_of(small, b"b")]
   ids = random.Random(0).choices(pair, k=1000)

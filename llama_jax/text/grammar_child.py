@@ -1,4 +1,4 @@
-"""The process in which a grammar is tried; started by `constraint`, never
+"""The process in which a grammar is tried; started by `grammar`, never
 imported.
 
 A schema is a program from outside, and the library that compiles it has no
@@ -24,7 +24,7 @@ CPU_SECONDS = 1.0
 WALL_SECONDS = 120.0
 # Of address space, of which Python, the library and the stack take some 150.
 MEGABYTES = 512
-# Half of what `constraint` gives: what fits in here has room there.
+# Half of what `grammar` gives: what fits in here has room there.
 STACK_BYTES = 32 << 20
 # Of a text written at random: some schemas compile, and then ask too much of
 # every step.
