@@ -16,6 +16,7 @@ from llama_jax.data import batches
 from llama_jax.data import ramp as ramp_lib
 from llama_jax.evals import settings as evals_settings
 from llama_jax.model import config as config_lib
+from llama_jax.model import lora as lora_lib
 from llama_jax.objectives import OBJECTIVES, next_token
 from llama_jax.parallel import mesh
 from llama_jax.training import metrics, schedule
@@ -155,6 +156,8 @@ class Experiment:
     init: a checkpoint reference to start from, or None.
     objective: one of objectives.OBJECTIVES; a config without this section
       predicts the next token.
+    lora: what is trained in place of the whole model, or None, as in a config
+      without this section.
   """
 
   init: str | None
@@ -167,6 +170,7 @@ class Experiment:
   evaluation: evals_settings.EvaluationConfig
   metrics: metrics.MetricsConfig
   objective: Any = _PLAIN
+  lora: lora_lib.LoRA | None = None
 
 
 def read(config) -> Experiment:
@@ -178,16 +182,18 @@ def read(config) -> Experiment:
   }
   given = dict(config.items())
   objective = _objective(given.pop("objective", {"name": "next_token"}))
+  lora = given.pop("lora", None)
   unknown = sorted(set(given) - set(sections) - {"init"})
   missing = sorted(set(sections) - set(given))
   if unknown or missing:
     raise errors.ConfigError(
       f"the config has unknown sections {unknown} and lacks {missing};"
-      f" it takes init, objective, {', '.join(sections)}."
+      f" it takes init, objective, lora, {', '.join(sections)}."
     )
   return Experiment(
     init=given.get("init") or None,
     objective=objective,
+    lora=None if lora is None else shell.section(lora_lib.LoRA, lora, "lora"),
     **{
       name: shell.section(cls, given[name], name)
       for name, cls in sections.items()

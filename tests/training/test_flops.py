@@ -128,3 +128,9 @@ def test_peaks_of_device_kinds(kind, rate):
   devices = np.array([[types.SimpleNamespace(device_kind=kind)] * 4] * 2)
   mesh = types.SimpleNamespace(devices=devices)
   assert flops.peak(mesh) == (rate and 8 * rate)
+
+
+def test_frozen_weights_need_two_products_of_three():
+  config = sizes.get("llama3.1-8b")
+  whole = flops.per_token(config, 0)
+  assert 3 * flops.per_token(config, 0, frozen=True) == 2 * whole

@@ -1,0 +1,156 @@
+"""LoRA as verbs: trained, gone on with, and read as a whole model."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llama_jax import checkpoint, experiment, learning, shell
+from llama_jax.training import metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPE = f"{ROOT}/configs/finetune/lora.py"
+COLOURS = ["red", "blue", "green", "grey", "pink", "white", "black", "brown"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  talks = [
+    {"instruction": f"Is {one} a colour?", "output": f"Yes, {one} is."}
+    for one in COLOURS * 3
+  ]
+  pairs = [
+    {"prompt": f"Is {one} {two}?", "chosen": "Yes.", "rejected": "Who asks?"}
+    for one in COLOURS
+    for two in COLOURS[:3]
+  ]
+  for name, rows in (("talks", talks), ("pairs", pairs)):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(lines)
+  return folder
+
+
+def command(kind, base, data, workdir, **knobs):
+  rows = "talks" if kind.endswith("sft") else "pairs"
+  knobs = {
+    "init": base,
+    "data.text": data / f"{rows}.jsonl",
+    "data.sequence_length": 128,
+    "data.heldout": 0.3,
+    "training.batch_size": 2,
+    "training.epochs": 0.0,
+    "training.steps": 6,
+    "model.dtype": "float32",
+    "lora.rank": 4,
+    "optimizer.peak_lr": 1e-2,
+    "optimizer.warmup_steps": 0,
+    "checkpoint.every": 3,
+    "evaluation.every": 3,
+    **knobs,
+  }
+  return [
+    "llama_jax.train",
+    f"--config={RECIPE}:{kind}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in knobs.items()),
+  ]
+
+
+def test_trained_resumed_and_read_as_a_whole(run_verbs, nano, data, tmp_path):
+  """The schedule is flat, so that a run cut in two equals a whole one."""
+  knobs = {"optimizer.schedule": "constant", "checkpoint.keep": 2}
+  base, one, two = f"hf:{nano}", tmp_path / "one", tmp_path / "two"
+  whole, _, again, other, replay = run_verbs(
+    command("llama2_sft", base, data, one, **knobs),
+    command("llama2_sft", base, data, two, **knobs, **{"training.steps": 3}),
+    command("llama2_sft", base, data, two, **knobs),
+    command("llama2_sft", base, data, two, **knobs, **{"lora.rank": 8}),
+    ["llama_jax.train", f"--workdir={one}", "--replay=5"],
+  )
+  assert whole[0] == again[0] == 0, whole[2] + again[2]
+  assert "donated" not in whole[2]
+  assert "adapters   " in whole[1] and "beside a base in bfloat16" in whole[1]
+  rows, resumed = (metrics.read(f / "metrics.jsonl") for f in (one, two))
+  assert [r["gradient_hash"] for r in rows] == [
+    r["gradient_hash"] for r in resumed
+  ]
+  assert rows[-1]["heldout_loss"] < rows[2]["heldout_loss"]
+  assert rows[-1]["loss"] < rows[0]["loss"]
+  assert other[0] == 2 and "rank=8" in other[2] and "rank=4" in other[2]
+  assert replay[0] == 0 and '"same": true' in replay[1], replay
+
+  # All but the projections are the base's.
+  _, source = checkpoint.open_tensors(f"orbax:{one}")
+  before = safetensors.numpy.load_file(nano / "model.safetensors")
+  for name, weight in before.items():
+    same = source.get(name).tobytes() == weight.tobytes()
+    assert same != ("_proj" in name), name
+  ckpt = f"--ckpt=orbax:{one}"
+  spoken, written, base_says = run_verbs(
+    ["llama_jax.generate", ckpt, "--prompt=red", "--max_new_tokens=4"],
+    ["llama_jax.convert", f"--src=orbax:{one}", f"--dst=peft:{tmp_path}/peft"],
+    [
+      "llama_jax.generate",
+      f"--ckpt={base}",
+      "--prompt=red",
+      "--max_new_tokens=4",
+    ],
+  )
+  assert spoken[0] == written[0] == 0, spoken[2] + written[2]
+  assert spoken[1] != base_says[1]
+  assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_rewards_and_preferences(run_verbs, nano, data, tmp_path):
+  """A base in int8; then a reward model upon a reward model's own base."""
+  base = f"hf:{nano}"
+  int8 = {"lora.base_dtype": "int8"}
+  live = int8 | {"objective.reference": "live"}
+  names = ("cached", "live", "reward", "upon")
+  cached, lived, reward, upon = run_verbs(
+    command("llama3_dpo", base, data, tmp_path / "cached", **int8),
+    command("llama3_dpo", base, data, tmp_path / "live", **live),
+    command("llama2_reward", base, data, tmp_path / "reward", **int8),
+    command(
+      "llama2_reward", f"orbax:{tmp_path}/reward", data, tmp_path / "upon"
+    ),
+  )
+  for code, out, err in (cached, lived, reward, upon):
+    assert code == 0, out + err
+  rows = {n: metrics.read(tmp_path / n / "metrics.jsonl") for n in names}
+  for name in ("cached", "live"):
+    # The base is the reference: no margin at first.
+    assert rows[name][0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[name][-1]["heldout/margin"] > 0
+  np.testing.assert_allclose(
+    rows["cached"][-1]["loss"], rows["live"][-1]["loss"], rtol=1e-3
+  )
+  assert rows["reward"][-1]["heldout/accuracy"] > 0.9
+  # It goes on from what the first has learned, score and all.
+  assert rows["upon"][0]["accuracy"] > 0.9
+  before, after = (
+    checkpoint.load(f"orbax:{tmp_path}/{n}").params["score"]["kernel"]
+    for n in ("reward", "upon")
+  )
+  assert np.abs(before - after).max() < 0.2 * np.abs(before).max()
+
+
+def test_what_does_not_go_together_is_refused():
+  config = shell.load_config(RECIPE)
+  config.init, config.data.text = "hf:DIR", "FILE"
+  learning.check(experiment.read(config))
+  cases = (
+    ({"init": ""}, "--config.init=REF"),
+    ({"model.vocab_size": 600}, "model.vocab_size=600"),
+    ({"lora.base_dtype": "int8", "model.dtype": "float8"}, "float8"),
+    ({"lora.targets": ("head",)}, r"lora\.targets="),
+  )
+  for knobs, message in cases:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(knobs)
+    with pytest.raises(ValueError, match=message):
+      learning.check(experiment.read(changed))
