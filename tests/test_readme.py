@@ -1,13 +1,15 @@
 """Every command of README and docs runs as it is printed, at nano size."""
 
+import gzip
+import json
 import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+
+from llama_jax import quickstart
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # In the order of a reader: a command may use what an earlier one made.
@@ -25,18 +27,40 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def clone(nano, tmp_path_factory) -> pathlib.Path:
+def clone(nano, tmp_path_factory, python_source, run_verbs) -> pathlib.Path:
   """A folder like a clone after the quickstart, its model a nano one."""
   folder = tmp_path_factory.mktemp("clone")
   for name in ("llama_jax", "configs", "launch"):
     (folder / name).symlink_to(ROOT / name)
-  done = run(
-    folder,
-    *("-m", "llama_jax.quickstart", f"--weights=hf:{nano}", "--steps=40"),
-    "--workdir=runs/quickstart",
-    "--train=--config.data.sequence_length=64",
-    "--train=--config.optimizer.peak_lr=3e-3",
+  work = folder / "runs" / "quickstart"
+  work.mkdir(parents=True)
+  # Text that is there stays: of all the standard library a few pages.
+  rows = [json.dumps({"text": text}) + "\n" for text in python_source]
+  for name, part in (("train", rows[1:]), ("heldout", rows[:1])):
+    with gzip.open(work / f"{name}.jsonl.gz", "wt") as file:
+      file.writelines(part)
+
+  def fork(stage):
+    ((code, out, err),) = run_verbs(stage.command[1:], cwd=folder)
+    assert code == 0, out + err
+    if stage.capture:
+      stage.capture.write_text(out)
+    return code
+
+  train = (
+    "--config.data.sequence_length=64",
+    "--config.optimizer.peak_lr=3e-3",
   )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(quickstart, "run_command", fork)
+    assert quickstart.run(work, 40, f"hf:{nano}", train) == 0
+  # Typed, the same finds all of it done.
+  flags = [f"--workdir={work}", "--steps=40", f"--weights=hf:{nano}"]
+  flags += [f"--train={word}" for word in train]
+  ((code, out, err),) = run_verbs(["llama_jax.quickstart", *flags])
+  assert code == 0, out + err
+  assert out.count("done before: ") == 7 and "curves.png" in out
+  assert (work / "run" / "curves.png").is_file()
   (folder / "prompts.jsonl").write_text(
     '{"prompt": "def f("}\n'
     '{"messages": [{"role": "user", "content": "Hello"}], "id": 2}\n'
@@ -50,23 +74,7 @@ def clone(nano, tmp_path_factory) -> pathlib.Path:
       for n in range(20)
     )
   )
-  assert "curves.png" in done.stdout
-  assert (folder / "runs/quickstart/run/curves.png").is_file()
   return folder
-
-
-def run(folder: pathlib.Path, *arguments: str):
-  done = subprocess.run(
-    [sys.executable, *arguments],
-    cwd=folder,
-    capture_output=True,
-    text=True,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-    timeout=300,
-    check=False,
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
-  return done
 
 
 def test_the_two_commands_are_the_scripts_that_are_there():
@@ -119,15 +127,14 @@ def test_command(results, command):
   assert out
 
 
-def test_notebook_lines(clone):
-  lines = "".join(blocks("python"))
-  run(
-    clone,
-    "-c",
-    lines
+def test_notebook_lines(clone, run_verbs):
+  (clone / "notebook.py").write_text(
+    "".join(blocks("python"))
     + "assert logits.shape == (1, len(ids), 512)\n"
-    + "assert len({tuple(one.tokens) for one in answers}) == 4\n",
+    + "assert len({tuple(one.tokens) for one in answers}) == 4\n"
   )
+  ((code, out, err),) = run_verbs(["notebook"], cwd=clone)
+  assert code == 0, out + err
 
 
 def test_tree_names_what_is_there():

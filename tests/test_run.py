@@ -143,8 +143,8 @@ def test_rows_tell_sources_sizes_and_held_out_losses(runs):
       (row[f"tokens/{n}"], row.get(f"loss/{n}", 0))
       for n in ("code", "maths", "web")
     ]
-    assert sum(tokens for tokens, _ in parts) == row["tokens"]
-    mean = sum(tokens * loss for tokens, loss in parts) / row["tokens"]
+    assert sum(tokens for tokens, _ in parts) == row["scored"]
+    mean = sum(tokens * loss for tokens, loss in parts) / row["scored"]
     np.testing.assert_allclose(mean, row["loss"], rtol=1e-5)
   assert rows[-1]["epochs/maths"] == rows[3]["epochs/maths"] > 0
   for row in rows:

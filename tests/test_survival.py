@@ -1,25 +1,20 @@
 """Training runs that are killed, stopped, poisoned and replayed, for real."""
 
 import json
-import os
-import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 
 from llama_jax.checkpoint import names, steps, store
 from llama_jax.training import metrics as metrics_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY = 60, 3
 TIMES = metrics_lib.CLOCKED
-SURVIVAL = ROOT / "tests/survival.py"
 
 
 @pytest.fixture(scope="module")
@@ -33,53 +28,12 @@ def flags_of(nano_flags):
   return lambda workdir, **knobs: nano_flags(workdir, **usual | knobs)
 
 
-class Trainer:
-  """tests/survival.py, spoken to."""
-
-  def __init__(self, folder: pathlib.Path):
-    self._folder, self._jobs = folder, 0
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-    # As users compile, not as conftest.py makes tests compile.
-    flags = {"XLA_FLAGS": ""}
-    self._process = subprocess.Popen(
-      [sys.executable, "-W", "ignore", str(SURVIVAL), str(folder)],
-      cwd=ROOT,
-      env=os.environ | cache | flags | {"PYTHONPATH": str(ROOT)},
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-  def start(self, argv, kill=None, **settings) -> None:
-    workdir = next(
-      word.partition("=")[2] for word in argv if word.startswith("--workdir=")
-    )
-    job = {"argv": argv, "kill": kill, "workdir": workdir, **settings}
-    self._process.stdin.write(json.dumps(job) + "\n")
-    self._process.stdin.flush()
-
-  def finish(self):
-    """(exit code, stdout, stderr) of the job that was started."""
-    answer = json.loads(self._process.stdout.readline())
-    said = [
-      (self._folder / f"{self._jobs}.{kind}").read_text()
-      for kind in ("out", "err")
-    ]
-    self._jobs += 1
-    return answer["code"], *said
-
-  def run(self, argv, kill=None, **settings):
-    self.start(argv, kill, **settings)
-    return self.finish()
-
-  def close(self):
-    self._process.stdin.close()
-    self._process.wait(timeout=60)
-
-
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-  one = Trainer(tmp_path_factory.mktemp("trainer"))
+  """forked.Forks that compile as users do, not as conftest.py makes tests."""
+  folder = tmp_path_factory.mktemp("trainer")
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+  one = forked.Forks(folder, environment=cache | {"XLA_FLAGS": ""})
   yield one
   one.close()
 
@@ -122,7 +76,7 @@ def survive(wanted, seed, folder, flags, trainer, whole):
     starts += 1
     before = committed(folder)
     had = len(rows_of(folder))
-    code, out, err = trainer.run(flags, kill)
+    code, out, err = trainer.run(flags, kill=kill)
     assert code in (0, -signal.SIGKILL), (kill, err)
     assert "Traceback" not in err, (kill, err)
     after = committed(folder)
@@ -181,7 +135,7 @@ def test_kills(wanted, whole, flags_of, trainer, tmp_path):
 def test_signals(number, whole, flags_of, trainer, tmp_path):
   """R2: a checkpoint within one step and five seconds, its own exit code."""
   flags = flags_of(tmp_path / "run", **{"checkpoint.every": 1000})
-  code, _, err = trainer.run(flags, {"step": 7, "signal": int(number)})
+  code, _, err = trainer.run(flags, kill={"step": 7, "signal": int(number)})
   assert code == 128 + number, err
   stopped = len(rows_of(tmp_path / "run"))
   assert 7 <= stopped < STEPS
@@ -196,7 +150,7 @@ def test_signals(number, whole, flags_of, trainer, tmp_path):
 def test_the_same_config_twice(whole, flags_of, trainer, tmp_path):
   """R8: on one core, with a cold compile cache; the others have all cores, and
   all but the first a warm one."""
-  cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+  cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
   code, _, err = trainer.run(
     flags_of(tmp_path / "run"), cores=[0], environment=cold
   )
@@ -205,24 +159,22 @@ def test_the_same_config_twice(whole, flags_of, trainer, tmp_path):
   assert final(tmp_path / "run") == final(whole)
 
 
-def test_two_trainers_of_one_folder(flags_of, trainer, tmp_path):
+def test_two_trainers_of_one_folder(flags_of, trainer, run_verbs, tmp_path):
   """R10: the second refuses within five seconds and names the first."""
   flags = flags_of(
     tmp_path / "run", **{"training.steps": 100_000, "checkpoint.every": 100}
   )
-  trainer.start(flags, {"step": 300, "signal": int(signal.SIGKILL)})
+  trainer.start(flags, kill={"step": 300, "signal": int(signal.SIGKILL)})
   deadline = time.monotonic() + 60
   while not rows_of(tmp_path / "run") and time.monotonic() < deadline:
     time.sleep(0.01)
-  done = subprocess.run(
-    [sys.executable, "-m", *flags], cwd=ROOT, capture_output=True, text=True
-  )
+  ((second, _, said),) = run_verbs(flags)
   code, _, _ = trainer.finish()
   assert code == -signal.SIGKILL
-  assert done.returncode == 2, done.stderr
-  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert second == 2, said
+  assert said.startswith("error: ") and said.count("\n") == 1
   holder = json.loads((tmp_path / "run" / "lock").read_text())
-  assert f"process {holder['pid']} on {holder['host']}" in done.stderr
+  assert f"process {holder['pid']} on {holder['host']}" in said
   # A dead holder's folder is taken over.
   flags = flags_of(
     tmp_path / "run", **{"training.steps": max(committed(tmp_path / "run"))}
