@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import select
+import signal
 import sys
 
 from llama_jax import errors
@@ -25,20 +26,46 @@ _COMMANDS = {
 }
 
 
+class _Interrupts:
+  """Notes the first Ctrl-C within; the second is Python's KeyboardInterrupt.
+
+  An exception that Python raises wherever it happens to be may be swallowed
+  there; what is noted is not.
+  """
+
+  def __init__(self):
+    self.noted = False
+
+  def __enter__(self) -> "_Interrupts":
+    self._before = signal.signal(signal.SIGINT, self._note)
+    return self
+
+  def __exit__(self, *error) -> None:
+    signal.signal(signal.SIGINT, self._before)
+
+  def _note(self, number, frame) -> None:
+    del number, frame
+    self.noted = True
+    signal.signal(signal.SIGINT, self._before)
+
+
 def speak(llama, prompt, settings, stoppable: bool = False) -> str:
   """Prints an answer as it comes; returns it whole.
 
-  stoppable: Ctrl-C cuts it short.
+  stoppable: Ctrl-C cuts it short, behind the piece that is being made.
   """
   parts = []
-  try:
-    for piece in llama.stream(prompt, **settings):
-      parts.append(piece)
-      print(piece, end="", flush=True)
-  except KeyboardInterrupt:
-    if not stoppable:
-      raise
-    print(" [stopped]", end="")
+  with _Interrupts() if stoppable else contextlib.nullcontext() as interrupts:
+    try:
+      for piece in llama.stream(prompt, **settings):
+        parts.append(piece)
+        print(piece, end="", flush=True)
+        if interrupts and interrupts.noted:
+          raise KeyboardInterrupt
+    except KeyboardInterrupt:
+      if not stoppable:
+        raise
+      print(" [stopped]", end="")
   print(flush=True)
   return "".join(parts)
 

@@ -71,7 +71,7 @@ def test_a_mesh_equals_one_device(whole, flags_of, tmp_path):
 
   def stop_after_ten(self, step, values, known):
     seen.append(
-      {name: values[name].item() for name in ("loss", "grad_norm", "tokens")}
+      {name: values[name].item() for name in ("loss", "grad_norm", "scored")}
     )
     add(self, step, values, known)
     if step == 10:
