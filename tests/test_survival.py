@@ -124,7 +124,7 @@ def kills(draws):
 
 
 @pytest.mark.parametrize(
-  "wanted", [15, pytest.param(50, marks=pytest.mark.slow)]
+  "wanted", [10, pytest.param(50, marks=pytest.mark.slow)]
 )
 def test_kills(wanted, whole, flags_of, trainer, tmp_path):
   folder = tmp_path / "run"
@@ -254,7 +254,7 @@ def test_a_run_that_only_spikes_stops(flags_of, trainer, tmp_path):
   assert committed(tmp_path / "run")[-1] == len(rows)
 
 
-def test_one_step_too_many_is_told_at_once(flags_of, trainer, tmp_path):
+def test_one_step_too_many_is_told_at_once(flags_of, run_verbs, tmp_path):
   """A factor so near to 1 that the first step beyond the usual is left out:
   with one allowed it stops there, the run's last step too."""
   knobs = {
@@ -262,14 +262,14 @@ def test_one_step_too_many_is_told_at_once(flags_of, trainer, tmp_path):
     "training.spike_factor": 1.001,
     "training.max_skipped": 1,
   }
-  code, _, err = trainer.run(flags_of(tmp_path / "a", **knobs))
+  ((code, _, err),) = run_verbs(flags_of(tmp_path / "a", **knobs))
   rows = rows_of(tmp_path / "a")
   assert code == 3, err
   bad = len(rows)
   assert [row["skipped"] for row in rows] == [0] * (bad - 1) + [1]
   assert f"1 steps in a row were left out, {bad} to {bad}" in err
   # The same with that step as the last.
-  code, _, err = trainer.run(
+  ((code, _, err),) = run_verbs(
     flags_of(tmp_path / "b", **knobs, **{"training.steps": bad})
   )
   assert code == 3, err

@@ -53,6 +53,7 @@ def mesh_of(axes):
   return mesh.make(mesh.ParallelConfig(*axes), jax.devices()[:count])
 
 
+@functools.cache
 def placed_on(axes):
   """(shapes, shardings) of a whole nano state on a mesh."""
   return state_lib.shardings(

@@ -159,13 +159,16 @@ def test_only_the_projections_are_float8():
   with pytest.raises(errors.ConfigError, match="is for training"):
     decoder_lib.Decoder(config, dtype="float8", scan=False)
   decoder = decoder_lib.Decoder(config, dtype="float8", rematerialise="none")
-  params = decoder_lib.init(decoder, jax.random.key(0))
+  params = jax.eval_shape(lambda: decoder_lib.init(decoder, jax.random.key(0)))
   ids = jnp.ones((1, 8), jnp.int32)
   positions = jnp.arange(8, dtype=jnp.int32)[None]
-  run = functools.partial(decoder.apply, {"params": params})
-  x, _ = run(ids, positions, ids, method="hidden")
+
+  def run(params, method=None):
+    return decoder.apply({"params": params}, ids, positions, ids, method=method)
+
+  x, _ = jax.eval_shape(functools.partial(run, method="hidden"), params)
   assert x.dtype == jnp.bfloat16
-  program = jax.jit(lambda: run(ids, positions, ids)).lower().as_text()
+  program = jax.jit(run).lower(params).as_text()
   dots = [line for line in program.splitlines() if "dot_general" in line]
   # Seven projections in the scan's body; the head and attention are others.
   assert len([line for line in dots if "f8E4M3FN" in line]) == 7 < len(dots)
