@@ -3,8 +3,11 @@
 Plain JAX with its own gradient. The scores of one tile are all that lives at
 once, forward and backward: beside its arguments the kernel keeps its output
 and one number a row, the logarithm of the softmax's sum, from which the
-backward pass forms each tile's probabilities again (arXiv:2307.08691). Tiles
-that no query sees are skipped.
+backward pass forms each tile's probabilities again (arXiv:2307.08691).
+
+There are two ways through the tiles. A short sequence is cut into blocks of
+rows, each with one tile: all keys up to its end. A longer one has loops over
+tiles of equal size, which skip those that no query sees.
 
 Letters as in reference.py; X tiles of C query rows, Y tiles of Z keys, R = G *
 C rows of a kv head's group. The group lies outside the rows, and every product
@@ -24,6 +27,10 @@ from llama_jax.kernels import reference
 # The most rows and keys of a tile. 128 were the fastest on CPU: the scores of
 # 36 heads are then 2 MiB.
 TILE = 128
+# Sequences up to this long are cut into blocks of rows that take all keys up to
+# them at once, without a loop: 1.4 to 1.7 times as fast on CPU. In longer ones
+# a loop skips more where rows hold many documents, and compiles sooner.
+SHORT = 1024
 
 # Below every score that is not masked, above reference.MASKED.
 _LOWEST = -1e20
@@ -52,123 +59,245 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, *where):
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, *where):
-  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  K = k_BSKH.shape[2]
+  run = _forward_blocks if _short(q_BTNH, k_BSKH) else _forward_loops
+  out_BTNH, logs = run(_scaled(q_BTNH), k_BSKH, v_BSKH, where)
+  out_BTNH, logs = (
+    jax.tree.map(lambda a: checkpoint_name(a, reference.KEPT), kept)
+    for kept in (out_BTNH, logs)
+  )
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, *where, out_BTNH, logs)
+
+
+def _backward(residuals, d_out_BTNH):
+  q_BTNH, k_BSKH, v_BSKH, *where, out_BTNH, logs = residuals
+  run = _backward_blocks if _short(q_BTNH, k_BSKH) else _backward_loops
+  d_q_BTNH, d_k_BSKH, d_v_BSKH = run(
+    _scaled(q_BTNH), k_BSKH, v_BSKH, where, out_BTNH, logs, d_out_BTNH
+  )
   dtype = v_BSKH.dtype
+  d_q_BTNH = _scaled(d_q_BTNH).astype(q_BTNH.dtype)
+  d_k_BSKH, d_v_BSKH = (a.astype(dtype) for a in (d_k_BSKH, d_v_BSKH))
+  return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _short(q_BTNH, k_BSKH) -> bool:
+  """Whether each block of rows takes all keys up to it as one tile."""
+  return q_BTNH.shape[1] == k_BSKH.shape[1] <= SHORT
+
+
+def _blocks(q_BTNH) -> list[tuple[slice, slice]]:
+  """Of a short sequence: each block of rows, and the keys up to its end."""
+  B, T, N, _ = q_BTNH.shape
+  # The scores of more heads in 128 rows would outgrow the caches.
+  size = TILE if B * N <= 16 else TILE // 2
+  stops = [min(start + size, T) for start in range(0, T, size)]
+  return [
+    (slice(start, stop), slice(stop))
+    for start, stop in zip([0, *stops], stops, strict=False)
+  ]
+
+
+def _forward_blocks(q_BTNH, k_BSKH, v_BSKH, where):
+  B, _, N, _ = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BKGTH, k_BK1SH, v_BK1SH = (_heads(a, K) for a in (q_BTNH, k_BSKH, v_BSKH))
+  outs, logs = [], []
+  for rows, keys in _blocks(q_BTNH):
+    bias = _block_bias(where, rows, keys, N // K)
+    sums = _forward_tile(
+      None,
+      _rows(q_BKGTH[..., rows, :]),
+      k_BK1SH[:, :, 0, keys],
+      v_BK1SH[:, :, 0, keys],
+      bias,
+    )
+    # Told by the mask: asking the maximum would part the loop that forms it.
+    some_B1R = bias.max(-1) == 0
+    out_BKRH, log_BKR = _finished(sums, some_B1R, v_BSKH.dtype)
+    outs.append(out_BKRH.reshape(B, K, N // K, rows.stop - rows.start, -1))
+    logs.append(log_BKR)
+  return _tokens(jnp.concatenate(outs, axis=3)), logs
+
+
+def _backward_blocks(q_BTNH, k_BSKH, v_BSKH, where, out_BTNH, logs, d_out_BTNH):
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  q_BKGTH, out_BKGTH, d_out_BKGTH, k_BK1SH, v_BK1SH = (
+    _heads(a, K) for a in (q_BTNH, out_BTNH, d_out_BTNH, k_BSKH, v_BSKH)
+  )
+  d_q = []
+  d_kv = [jnp.zeros((B, K, H, T))] * 2
+  for (rows, keys), log_BKR in zip(_blocks(q_BTNH), logs, strict=True):
+    row = _row(
+      *(_rows(a[..., rows, :]) for a in (q_BKGTH, out_BKGTH, d_out_BKGTH)),
+      log_BKR,
+    )
+    d_q_BKRH, *added = _backward_tile(
+      row,
+      k_BK1SH[:, :, 0, keys],
+      v_BK1SH[:, :, 0, keys],
+      _block_bias(where, rows, keys, N // K),
+    )
+    d_q.append(d_q_BKRH.reshape(B, K, N // K, -1, H))
+    d_kv = [d.at[..., keys].add(a) for d, a in zip(d_kv, added, strict=True)]
+  d_k_BSKH, d_v_BSKH = (d.transpose(0, 3, 1, 2) for d in d_kv)
+  return _tokens(jnp.concatenate(d_q, axis=3)), d_k_BSKH, d_v_BSKH
+
+
+def _block_bias(where, rows: slice, keys: slice, G):
+  q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS = where
+  return _bias(
+    q_pos_BT[:, rows],
+    k_pos_BS[:, keys],
+    q_seg_BT[:, rows],
+    k_seg_BS[:, keys],
+    G,
+  )
+
+
+def _forward_loops(q_BTNH, k_BSKH, v_BSKH, where):
+  T = q_BTNH.shape[1]
+  K = k_BSKH.shape[2]
   C, Z, tiles, first_X, last_X = _plan(q_BTNH, k_BSKH, where)
-  q_XBKRH = _cut_heads(_scaled(q_BTNH), C, K)
+  q_XBKRH = _cut_heads(q_BTNH, C, K)
   k_YBKZH, v_YBKZH = (_cut_heads(a, Z, K) for a in (k_BSKH, v_BSKH))
-  B, _, R = q_XBKRH.shape[1:4]
+  G = q_XBKRH.shape[3] // C
 
   def rows(_, block):
     q_BKRH, pos_BC, seg_BC, first, last = block
 
     def tile(j, sums):
-      most_BKR, sum_BKR, out_BKRH = sums
-      bias = _bias(pos_BC, tiles.k_pos[j], seg_BC, tiles.k_seg[j], R // C)
-      scores_BKRZ = _product(q_BKRH, k_YBKZH[j], 3) + bias
-      new_BKR = jnp.maximum(most_BKR, scores_BKRZ.max(-1))
-      exps_BKRZ = _once(jnp.exp(scores_BKRZ - new_BKR[..., None]).astype(dtype))
-      shrink_BKR = jnp.exp(most_BKR - new_BKR)
-      sum_BKR = sum_BKR * shrink_BKR + exps_BKRZ.sum(-1, dtype=jnp.float32)
-      added_BKRH = _product(exps_BKRZ, v_YBKZH[j], 2)
-      return new_BKR, sum_BKR, out_BKRH * shrink_BKR[..., None] + added_BKRH
+      bias = _bias(pos_BC, tiles.k_pos[j], seg_BC, tiles.k_seg[j], G)
+      return _forward_tile(sums, q_BKRH, k_YBKZH[j], v_YBKZH[j], bias)
 
-    most_BKR, sum_BKR, out_BKRH = _loop(
-      (first, last),
-      len(k_YBKZH),
-      tile,
-      (
-        jnp.full((B, K, R), _LOWEST),
-        jnp.zeros((B, K, R)),
-        jnp.zeros((B, K, R, H)),
-      ),
-    )
-    # Where nothing is seen the sum is 0; the logarithm of infinity makes every
-    # probability 0 in the backward pass too.
-    some_BKR = sum_BKR > 0
-    sum_BKR = jnp.where(some_BKR, sum_BKR, 1)
-    log_BKR = jnp.where(
-      some_BKR, most_BKR + jnp.log(sum_BKR), -reference.MASKED
-    )
-    return None, ((out_BKRH / sum_BKR[..., None]).astype(dtype), log_BKR)
+    row_BKR = jnp.zeros(q_BKRH.shape[:3])
+    sums = (row_BKR + _LOWEST, row_BKR, jnp.zeros(q_BKRH.shape))
+    sums = _loop((first, last), len(k_YBKZH), tile, sums)
+    return None, _finished(sums, sums[0] > _LOWEST, v_BSKH.dtype)
 
   _, (out_XBKRH, log_XBKR) = jax.lax.scan(
     rows, None, (q_XBKRH, tiles.q_pos, tiles.q_seg, first_X, last_X)
   )
-  out_BTNH = checkpoint_name(_join_heads(out_XBKRH, C, T), reference.KEPT)
-  log_XBKR = checkpoint_name(log_XBKR, reference.KEPT)
-  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, *where, out_BTNH, log_XBKR)
+  return _join_heads(out_XBKRH, C, T), log_XBKR
 
 
-def _backward(residuals, d_out_BTNH):
-  q_BTNH, k_BSKH, v_BSKH, *where, out_BTNH, log_XBKR = residuals
+def _backward_loops(
+  q_BTNH, k_BSKH, v_BSKH, where, out_BTNH, log_XBKR, d_out_BTNH
+):
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   S, K = k_BSKH.shape[1:3]
-  dtype = v_BSKH.dtype
   C, Z, tiles, first_X, last_X = _plan(q_BTNH, k_BSKH, where)
-  q_XBKRH = _cut_heads(_scaled(q_BTNH), C, K)
+  q_XBKRH, out_XBKRH, d_out_XBKRH = (
+    _cut_heads(a, C, K) for a in (q_BTNH, out_BTNH, d_out_BTNH)
+  )
   k_YBKZH, v_YBKZH = (_cut_heads(a, Z, K) for a in (k_BSKH, v_BSKH))
-  out_XBKRH, d_out_XBKRH = (_cut_heads(a, C, K) for a in (out_BTNH, d_out_BTNH))
-  B, _, R = q_XBKRH.shape[1:4]
+  Y, B = k_YBKZH.shape[:2]
+  G = q_XBKRH.shape[3] // C
 
   def rows(d_kv, block):
-    q_BKRH, out_BKRH, d_out_BKRH, log_BKR, pos_BC, seg_BC, first, last = block
-    q_BKHR, d_out_BKHR = (jnp.swapaxes(a, 2, 3) for a in (q_BKRH, d_out_BKRH))
-    # What all of a row's score gradients have in common.
-    mean_BKR = jnp.einsum(
-      "BKRH,BKRH->BKR",
-      out_BKRH,
-      d_out_BKRH,
-      preferred_element_type=jnp.float32,
-    )
+    *arrays, pos_BC, seg_BC, first, last = block
+    row = _row(*arrays)
 
     def tile(j, sums):
-      d_q_BKRH, d_k_YBKHZ, d_v_YBKHZ = sums
-      k_BKZH, v_BKZH = k_YBKZH[j], v_YBKZH[j]
-      bias = _bias(pos_BC, tiles.k_pos[j], seg_BC, tiles.k_seg[j], R // C)
-      scores_BKRZ = _product(q_BKRH, k_BKZH, 3) + bias
-      probs_BKRZ = _once(
-        jnp.exp(scores_BKRZ - log_BKR[..., None]).astype(dtype)
-      )
-      d_probs_BKRZ = _product(d_out_BKRH, v_BKZH, 3)
-      d_scores_BKRZ = (
-        probs_BKRZ.astype(jnp.float32) * (d_probs_BKRZ - mean_BKR[..., None])
-      ).astype(dtype)
-      return (
-        d_q_BKRH + _product(d_scores_BKRZ, k_BKZH, 2),
-        d_k_YBKHZ.at[j].add(_product(q_BKHR, d_scores_BKRZ, 2)),
-        d_v_YBKHZ.at[j].add(_product(d_out_BKHR, probs_BKRZ, 2)),
-      )
+      d_q_BKRH, *d_kv = sums
+      bias = _bias(pos_BC, tiles.k_pos[j], seg_BC, tiles.k_seg[j], G)
+      more, *added = _backward_tile(row, k_YBKZH[j], v_YBKZH[j], bias)
+      d_kv = [d.at[j].add(a) for d, a in zip(d_kv, added, strict=True)]
+      return d_q_BKRH + more, *d_kv
 
-    d_q_BKRH, *d_kv = _loop(
-      (first, last), len(k_YBKZH), tile, (jnp.zeros((B, K, R, H)), *d_kv)
-    )
-    return tuple(d_kv), (d_q_BKRH * H**-0.5).astype(q_BTNH.dtype)
+    start = (jnp.zeros(row.q_BKRH.shape), *d_kv)
+    d_q_BKRH, *d_kv = _loop((first, last), Y, tile, start)
+    return tuple(d_kv), d_q_BKRH
 
-  zeros = jnp.zeros((len(k_YBKZH), B, K, H, Z))
+  blocks = (q_XBKRH, out_XBKRH, d_out_XBKRH, log_XBKR)
   d_kv, d_q_XBKRH = jax.lax.scan(
     rows,
-    (zeros, zeros),
-    (
-      q_XBKRH,
-      out_XBKRH,
-      d_out_XBKRH,
-      log_XBKR,
-      tiles.q_pos,
-      tiles.q_seg,
-      first_X,
-      last_X,
-    ),
+    (jnp.zeros((Y, B, K, H, Z)),) * 2,
+    (*blocks, tiles.q_pos, tiles.q_seg, first_X, last_X),
   )
-  d_k_BSKH, d_v_BSKH = (
-    _join_heads(jnp.swapaxes(a, 3, 4), Z, S).astype(dtype) for a in d_kv
-  )
-  d_q_BTNH = _join_heads(d_q_XBKRH, C, T)
-  return d_q_BTNH, d_k_BSKH, d_v_BSKH, None, None, None, None
+  d_k_BSKH, d_v_BSKH = (_join_heads(jnp.swapaxes(a, 3, 4), Z, S) for a in d_kv)
+  return _join_heads(d_q_XBKRH, C, T), d_k_BSKH, d_v_BSKH
 
 
-_attend.defvjp(_forward, _backward)
+def _forward_tile(sums, q_BKRH, k_BKZH, v_BKZH, bias):
+  """A row's greatest score, sum of exponentials and output so far, with a tile.
+
+  sums: the same before it; None where it is the only one.
+  """
+  scores_BKRZ = _product(q_BKRH, k_BKZH, 3) + bias
+  # Kept as [B, K, R, 1] and compared with nothing: only so does XLA on CPU make
+  # one loop of the product, the bias, the maximum and the exponential.
+  most_BKR1 = scores_BKRZ.max(-1, keepdims=True)
+  if sums is not None:
+    most_BKR1 = jnp.maximum(most_BKR1, sums[0][..., None])
+  exps_BKRZ = _once(jnp.exp(scores_BKRZ - most_BKR1).astype(v_BKZH.dtype))
+  most_BKR = most_BKR1[..., 0]
+  sum_BKR = exps_BKRZ.sum(-1, dtype=jnp.float32)
+  out_BKRH = _product(exps_BKRZ, v_BKZH, 2)
+  if sums is not None:
+    old_BKR, old_sum_BKR, old_out_BKRH = sums
+    shrink_BKR = jnp.exp(old_BKR - most_BKR)
+    sum_BKR = old_sum_BKR * shrink_BKR + sum_BKR
+    out_BKRH = old_out_BKRH * shrink_BKR[..., None] + out_BKRH
+  return most_BKR, sum_BKR, out_BKRH
+
+
+def _finished(sums, some_BKR, dtype):
+  """The output and the logarithm of the softmax's sum.
+
+  some_BKR: whether the row sees anything. Else the first is 0; the second is
+  infinite, which makes every probability 0 in the backward pass too.
+  """
+  most_BKR, sum_BKR, out_BKRH = sums
+  sum_BKR = jnp.where(some_BKR, sum_BKR, jnp.inf)
+  log_BKR = jnp.where(some_BKR, most_BKR, 0) + jnp.log(sum_BKR)
+  return (out_BKRH / sum_BKR[..., None]).astype(dtype), log_BKR
+
+
+class Row(NamedTuple):
+  """What the backward pass of each of a block's tiles needs.
+
+  mean_BKR: what all of a row's score gradients have in common.
+  """
+
+  q_BKRH: jax.Array
+  q_BKHR: jax.Array
+  d_out_BKRH: jax.Array
+  d_out_BKHR: jax.Array
+  log_BKR: jax.Array
+  mean_BKR: jax.Array
+
+
+def _row(q_BKRH, out_BKRH, d_out_BKRH, log_BKR) -> Row:
+  mean_BKR = jnp.einsum(
+    "BKRH,BKRH->BKR",
+    out_BKRH,
+    d_out_BKRH,
+    preferred_element_type=jnp.float32,
+  )
+  q_BKHR, d_out_BKHR = (jnp.swapaxes(a, 2, 3) for a in (q_BKRH, d_out_BKRH))
+  return Row(q_BKRH, q_BKHR, d_out_BKRH, d_out_BKHR, log_BKR, mean_BKR)
+
+
+def _backward_tile(row: Row, k_BKZH, v_BKZH, bias):
+  """A tile's part in the gradients: [B, K, R, H] of q, [B, K, H, Z] of k, v."""
+  dtype = v_BKZH.dtype
+  scores_BKRZ = _product(row.q_BKRH, k_BKZH, 3) + bias
+  probs_BKRZ = _once(
+    jnp.exp(scores_BKRZ - row.log_BKR[..., None]).astype(dtype)
+  )
+  d_probs_BKRZ = _product(row.d_out_BKRH, v_BKZH, 3)
+  d_scores_BKRZ = (
+    probs_BKRZ.astype(jnp.float32) * (d_probs_BKRZ - row.mean_BKR[..., None])
+  ).astype(dtype)
+  return (
+    _product(d_scores_BKRZ, k_BKZH, 2),
+    _product(row.q_BKHR, d_scores_BKRZ, 2),
+    _product(row.d_out_BKHR, probs_BKRZ, 2),
+  )
 
 
 def _scaled(q_BTNH):
@@ -277,3 +406,21 @@ def _join_heads(a_XBKRH, C, T):
   X, B, K, R, H = a_XBKRH.shape
   a = a_XBKRH.reshape(X, B, K, R // C, C, H).transpose(1, 0, 4, 2, 3, 5)
   return a.reshape(B, X * C, K * R // C, H)[:, :T]
+
+
+def _heads(a_BTNH, K):
+  """[B, K, G, T, H]."""
+  B, T, N, H = a_BTNH.shape
+  return a_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def _rows(a_BKGCH):
+  """[B, K, R, H]."""
+  B, K, _, _, H = a_BKGCH.shape
+  return a_BKGCH.reshape(B, K, -1, H)
+
+
+def _tokens(a_BKGTH):
+  """The inverse of _heads: [B, T, N, H]."""
+  B, K, G, T, H = a_BKGTH.shape
+  return a_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)

@@ -1,5 +1,6 @@
 """One update, compiled: gradients, accumulation, clipping, skipping."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -126,38 +127,38 @@ def checksum(tree) -> jax.Array:
   """
   total = jnp.zeros(2, jnp.uint32)
   for number, leaf in enumerate(jax.tree.leaves(tree), start=1):
-    sums, first = jnp.zeros(2, jnp.uint32), jnp.uint32(0)
-    if leaf.ndim > 2:
-      # Layer by layer: XLA on CPU holds a copy of all words it sums at once.
-      size = leaf[0].size
-
-      def add(carry, layer, size=size):
-        sums, first = carry
-        return (sums + _words(layer, first), first + jnp.uint32(size)), None
-
-      (sums, _), _ = jax.lax.scan(add, (sums, first), leaf)
-    else:
-      sums = _words(leaf, first)
-    total = (total + sums) * jnp.uint32(2 * number + 1)
+    total = (total + _words(leaf)) * jnp.uint32(2 * number + 1)
   return total
 
 
-def _words(leaf, first) -> jax.Array:
-  """The two sums of an array whose places count from first."""
-  words = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-  place = jnp.full(leaf.shape, first)
-  stride = 1
-  for axis in reversed(range(leaf.ndim)):
-    index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    place = place + index * jnp.uint32(stride % 2**32)
-    stride *= leaf.shape[axis]
-  # Odd factors lose no bit; mixing the word keeps its high bits in play.
-  one = jnp.sum(words * (2 * place + 1), dtype=jnp.uint32)
-  two = jnp.sum(
-    (words ^ (words >> 15)) * (place * jnp.uint32(0x9E3779B2) + 1),
-    dtype=jnp.uint32,
-  )
-  return jnp.stack([one, two])
+def _words(leaf) -> jax.Array:
+  """An array's part in a checksum, uint32 [2].
+
+  Slice by slice, since XLA on CPU holds a copy of all words it sums at once:
+  of stacked layers, and of every 16th row, which leaves rows on their devices.
+  """
+  axis = 0
+  if leaf.ndim == 2:
+    axis, (rows, columns) = 1, leaf.shape
+    leaf = leaf.reshape(-1, math.gcd(rows, 16), columns)
+  if leaf.ndim < 2:
+    leaf = leaf[None]
+  strides = [math.prod(leaf.shape[i + 1 :]) % 2**32 for i in range(leaf.ndim)]
+
+  def add(index, sums):
+    part = jax.lax.dynamic_index_in_dim(leaf, index, axis)
+    words = jax.lax.bitcast_convert_type(part.astype(jnp.float32), jnp.uint32)
+    place = index.astype(jnp.uint32) * jnp.uint32(strides[axis])
+    for i, stride in enumerate(strides):
+      iota = jax.lax.broadcasted_iota(jnp.uint32, part.shape, i)
+      place = place + iota * jnp.uint32(stride)
+    # Odd factors lose no bit; mixing the word keeps its high bits in play.
+    one = words * (2 * place + 1)
+    two = (words ^ (words >> 15)) * (place * jnp.uint32(0x9E3779B2) + 1)
+    return sums + jnp.stack([jnp.sum(a, dtype=jnp.uint32) for a in (one, two)])
+
+  start = jnp.zeros(2, jnp.uint32)
+  return jax.lax.fori_loop(0, leaf.shape[axis], add, start)
 
 
 def _norms(tree):

@@ -68,6 +68,8 @@ def attend(name, q, k, v, positions, segments):
 def small_blocks(monkeypatch):
   """So that short sequences are many tiles; and no kernel needs its device."""
   monkeypatch.setattr(chunked, "TILE", 8)
+  # Sequences in blocks and in loops over tiles: both among those below.
+  monkeypatch.setattr(chunked, "SHORT", 20)
   monkeypatch.setattr(splash, "INTERPRET", True)
   monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
 
@@ -112,12 +114,12 @@ OTHERS = sorted(set(kernels.ATTENTION) - {"reference"})
   [(name, "GQA", rows) for name in OTHERS for rows in ("packed", "one")]
   + [("chunked", heads, "packed") for heads in ("MHA", "MQA")],
 )
-def test_gradients_equal_the_references(name, heads, rows):
+def test_gradients_equal_the_references(name, heads, rows, B=2, T=21):
   N, K = HEADS[heads]
-  segments = packed(2, 21)
+  segments = packed(B, T)
   if rows == "one":
     segments[segments == 2] = 1
-  q, k, v, pos, seg = make_case(1, 2, 21, N, K, 6, segments)
+  q, k, v, pos, seg = make_case(1, B, T, N, K, 6, segments)
   cotangent = np.random.default_rng(2).normal(size=q.shape).astype(np.float32)
   cotangent[seg == 0] = 0
 
@@ -130,6 +132,13 @@ def test_gradients_equal_the_references(name, heads, rows):
   for ours, want in zip(gradients(name), gradients("reference"), strict=True):
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(ours, want, atol=5e-6)
+
+
+@pytest.mark.parametrize("B, T", [(1, 53), (5, 16)])
+def test_gradients_of_blocks_equal_the_references(monkeypatch, B, T):
+  """What test_gradients_equal_the_references sees of the loops."""
+  monkeypatch.setattr(chunked, "SHORT", T)
+  test_gradients_equal_the_references("chunked", "GQA", "packed", B, T)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -174,9 +183,11 @@ def test_other_queries_than_keys(name):
   np.testing.assert_allclose(np.asarray(out)[real], want[real], atol=2e-6)
 
 
-def test_a_long_row_equals_the_reference(monkeypatch):
-  """With tiles of the size that is used."""
+@pytest.mark.parametrize("short", [0, chunked.SHORT])
+def test_a_long_row_equals_the_reference(monkeypatch, short):
+  """With tiles of the size that is used, in loops and in blocks."""
   monkeypatch.undo()
+  monkeypatch.setattr(chunked, "SHORT", short)
   T = 5 * chunked.TILE + 3
   seg = np.ones((1, T), np.int32)
   seg[:, 300:], seg[:, 600:] = 2, 0

@@ -10,6 +10,9 @@ from llama_jax.kernels import chunked, reference
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
 
+# chunked.SHORT: loops over tiles for every sequence, or blocks of rows.
+WAYS = {"loops": 0, "blocks": chunked.SHORT}
+
 
 def self_attention(kernel):
   """(q, k, v, positions, segments) -> gradients of a sum by q, k, v."""
@@ -73,9 +76,11 @@ def test_memory_of_a_training_step_grows_with_length(rematerialise):
   assert full < config.num_layers * config.num_heads * 4096**2 * 4 / 4
 
 
-def test_a_mesh_moves_no_queries_keys_or_values():
+@pytest.mark.parametrize("short", WAYS.values(), ids=WAYS)
+def test_a_mesh_moves_no_queries_keys_or_values(monkeypatch, short):
   """Batch and heads stay on their devices; only which tiles to skip, one bit
   each, is agreed on."""
+  monkeypatch.setattr(chunked, "SHORT", short)
   mesh = jax.make_mesh(
     (4, 2), ("batch", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
@@ -126,8 +131,10 @@ def test_skipped_tiles_are_those_that_no_query_sees(monkeypatch, kind):
   assert seen.sum() <= each.sum() * (1.25 if kind == "packed" else 1)
 
 
-def test_where_nothing_is_seen_there_is_nothing():
+@pytest.mark.parametrize("short", WAYS.values(), ids=WAYS)
+def test_where_nothing_is_seen_there_is_nothing(monkeypatch, short):
   """A padded row is 0, and nothing flows back from it."""
+  monkeypatch.setattr(chunked, "SHORT", short)
   rng = np.random.default_rng(1)
   q, k, v = (
     rng.normal(size=(1, 9, n, 4)).astype(np.float32) for n in (2, 1, 1)
