@@ -50,7 +50,7 @@ def command(kind, nano, data, workdir, **knobs):
     "data.text": data / f"{rows}.jsonl",
     "data.sequence_length": 128,
     "data.heldout": 0.3,
-    "training.batch_size": 2,
+    "training.batch_size": 4,
     "training.epochs": 0.0,
     "training.steps": 6,
     "model.dtype": "float32",
@@ -126,6 +126,26 @@ def test_dpo_moves_away_from_its_reference(runs):
   )
   assert rows[-1]["heldout/margin"] > 0 and rows[-1]["heldout/accuracy"] > 0.9
   assert (runs["llama3_dpo"][3] / "reference.npz").is_file()
+
+
+@pytest.mark.parametrize("kind", ["llama2_reward", "llama3_dpo"])
+def test_a_mesh_equals_one_device(runs, run_verbs, nano, data, tmp_path, kind):
+  """Each step on eight devices, the reference's words too: float32 noise."""
+  knobs = {f"parallel.{axis}": 2 for axis in ("data", "fsdp", "tensor")}
+  ((code, _, err),) = run_verbs(
+    [*command(kind, nano, data, tmp_path, **knobs), "--cpu_devices=8"]
+  )
+  assert code == 0, err
+  found = metrics.read(tmp_path / "metrics.jsonl")
+  for ours, want in zip(found, rows_of(runs, kind), strict=True):
+    assert ours["scored"] == want["scored"] > 0
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+      np.testing.assert_allclose(ours[name], want[name], rtol=tolerance)
+    np.testing.assert_allclose(ours["margin"], want["margin"], atol=1e-4)
+  heldout = [
+    rows[-1]["heldout/margin"] for rows in (found, rows_of(runs, kind))
+  ]
+  np.testing.assert_allclose(*heldout, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", DISTILLED)

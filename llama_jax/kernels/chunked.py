@@ -88,12 +88,9 @@ def _short(q_BTNH, k_BSKH) -> bool:
   return q_BTNH.shape[1] == k_BSKH.shape[1] <= SHORT
 
 
-def _blocks(q_BTNH) -> list[tuple[slice, slice]]:
+def _blocks(T: int) -> list[tuple[slice, slice]]:
   """Of a short sequence: each block of rows, and the keys up to its end."""
-  B, T, N, _ = q_BTNH.shape
-  # The scores of more heads in 128 rows would outgrow the caches.
-  size = TILE if B * N <= 16 else TILE // 2
-  stops = [min(start + size, T) for start in range(0, T, size)]
+  stops = [min(start + TILE, T) for start in range(0, T, TILE)]
   return [
     (slice(start, stop), slice(stop))
     for start, stop in zip([0, *stops], stops, strict=False)
@@ -105,7 +102,7 @@ def _forward_blocks(q_BTNH, k_BSKH, v_BSKH, where):
   K = k_BSKH.shape[2]
   q_BKGTH, k_BK1SH, v_BK1SH = (_heads(a, K) for a in (q_BTNH, k_BSKH, v_BSKH))
   outs, logs = [], []
-  for rows, keys in _blocks(q_BTNH):
+  for rows, keys in _blocks(q_BTNH.shape[1]):
     bias = _block_bias(where, rows, keys, N // K)
     sums = _forward_tile(
       None,
@@ -130,7 +127,7 @@ def _backward_blocks(q_BTNH, k_BSKH, v_BSKH, where, out_BTNH, logs, d_out_BTNH):
   )
   d_q = []
   d_kv = [jnp.zeros((B, K, H, T))] * 2
-  for (rows, keys), log_BKR in zip(_blocks(q_BTNH), logs, strict=True):
+  for (rows, keys), log_BKR in zip(_blocks(T), logs, strict=True):
     row = _row(
       *(_rows(a[..., rows, :]) for a in (q_BKGTH, out_BKGTH, d_out_BKGTH)),
       log_BKR,
