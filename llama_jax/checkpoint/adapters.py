@@ -82,15 +82,16 @@ def read(folder: pathlib.Path) -> Kept | None:
 
 
 def digest(config: config_lib.LlamaConfig, source: weights.Source) -> str:
-  """Of a base: its norms, and the first row of its embedding and its head.
+  """Of a base: its norms, and of its embedding, its head and the projections
+  of its first layer the first row.
 
-  Little to read, and what any training of the whole model moves.
+  Little to read, and what any training moves, LoRA's too.
   """
   found = hashlib.sha256()
   for place in names.places(config, source.scheme):
     if len(place.shape) == 1:
       found.update(source.get(place.name).tobytes())
-    elif place.layer is None:
+    elif not place.layer:  # None, or the first.
       found.update(source.rows(place.name, 0, 1).tobytes())
   return found.hexdigest()
 

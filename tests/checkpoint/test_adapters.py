@@ -248,7 +248,16 @@ def moved(tmp_path):
   return make_run(tmp_path / "run", f"hf:{tmp_path}/base")
 
 
-def test_a_base_that_has_gone_or_changed(moved, tmp_path):
+@pytest.mark.parametrize(
+  "changed",
+  [
+    "model.norm.weight",
+    "model.embed_tokens.weight",
+    # As where another LoRA run of it was merged.
+    "model.layers.0.mlp.up_proj.weight",
+  ],
+)
+def test_a_base_that_has_gone_or_changed(moved, tmp_path, changed):
   base = tmp_path / "base"
   base.rename(tmp_path / "elsewhere")
   for read in (store.open_tensors, store.read_params):
@@ -265,7 +274,7 @@ def test_a_base_that_has_gone_or_changed(moved, tmp_path):
   store.open_tensors(moved)
   weights_file = tmp_path / "elsewhere" / "model.safetensors"
   held = safetensors.numpy.load_file(weights_file)
-  held["model.norm.weight"][5] += 1
+  held[changed].reshape(-1)[5] += 1
   safetensors.numpy.save_file(held, weights_file)
   with pytest.raises(errors.BadFileError, match="holds other weights than"):
     store.read_params(moved)
