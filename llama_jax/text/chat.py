@@ -18,6 +18,7 @@ A token of which one byte is the assistant's is the assistant's: the space that
 a header ends with is often the first letter of the answer's first token.
 """
 
+import bisect
 import dataclasses
 import itertools
 import re
@@ -267,7 +268,6 @@ def _encode(draft, text, parts, places) -> Rendered:
 
 def _touched(tokenizer, ids, text, inside) -> list[bool]:
   """Which ids of a text have a byte in one of these spans of its letters."""
-  sizes = [len(tokenizer.join_bytes([id], True)[0]) for id in ids]
   whole, _ = tokenizer.join_bytes(ids, True)
   if text.encode() not in (whole, whole[1:]):
     text = text.replace("\u2581", " ")  # as SentencePiece reads it
@@ -278,13 +278,15 @@ def _touched(tokenizer, ids, text, inside) -> list[bool]:
       "this tokenizer changes the text that it encodes, so which tokens are"
       " the assistant's cannot be told."
     )
-  ends = list(itertools.accumulate(sizes, initial=-lead))
+  # Id i has the bytes from ends[i] to ends[i + 1].
+  ends = list(itertools.accumulate(tokenizer.byte_lengths(ids), initial=-lead))
   touched = [False] * len(ids)
   for start, stop in inside:
     first = len(text[:start].encode()) if start else -lead
     last = len(text[:stop].encode())
-    for i, (one, two) in enumerate(itertools.pairwise(ends)):
-      touched[i] |= one < last and two > first
+    low = bisect.bisect_right(ends, first, lo=1) - 1
+    high = max(low, bisect.bisect_left(ends, last, hi=len(ids)))
+    touched[low:high] = [True] * (high - low)
   return touched
 
 

@@ -255,6 +255,11 @@ class Tokenizer(abc.ABC):
       out.append(piece)
     return b"".join(out), started
 
+  def byte_lengths(self, ids: Iterable[int]) -> list[int]:
+    """How many bytes each id adds to a text that has begun; specials none."""
+    pieces, _ = self._piece_table
+    return [len(pieces[i]) if i < len(pieces) else 0 for i in ids]
+
   def _required(self, name: str) -> int:
     found = self.bos_id if name == "bos" else self.eos_id
     if found is None:
