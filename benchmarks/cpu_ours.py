@@ -133,10 +133,16 @@ class Ours:
     }
 
   def start_training(self, optimizer):
+    # Faster than "full", for more memory (memory.py).
+    self._start_training(optimizer, "dots")
+    return {}
+
+  def _start_training(self, optimizer, rematerialise):
     llama = self._llamas.pop("float32")
     self._llamas = {}
-    self._training = Training(llama.config, llama.params, optimizer)
-    return {}
+    self._training = Training(
+      llama.config, llama.params, optimizer, rematerialise
+    )
 
   def train_step(self, ids, dtype):
     began = time.perf_counter()
@@ -169,7 +175,7 @@ class Ours:
   def learn(self, weights, ids, steps, optimizer, dtype, began, cache):
     self._import(cache)
     self.load(weights)
-    self.start_training(optimizer)
+    self._start_training(optimizer, "full")
     before = self._compile_seconds
     compiling = time.perf_counter()
     self._training.compile(ids, dtype)
@@ -214,7 +220,7 @@ class Ours:
 class Training:
   """The update of llama_jax.train, without its files."""
 
-  def __init__(self, config, params, settings):
+  def __init__(self, config, params, settings, rematerialise):
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -233,7 +239,7 @@ class Training:
       moments_dtype="float32",
       **settings,
     )
-    self._config = config
+    self._config, self._rematerialise = config, rematerialise
     self._optimizer = optimizer_lib.make(recipe)
     self._rate = np.float32(recipe.peak_lr)
     self._devices = mesh.make(
@@ -264,7 +270,9 @@ class Training:
     from llama_jax.training import step as step_lib
 
     if dtype not in self._updates:
-      decoder = decoder_lib.Decoder(self._config, dtype=dtype)
+      decoder = decoder_lib.Decoder(
+        self._config, dtype=dtype, rematerialise=self._rematerialise
+      )
 
       def loss_sum(params, *batch):
         return decoder.apply({"params": params}, *batch, 0.0, method="loss_sum")
