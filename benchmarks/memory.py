@@ -117,10 +117,6 @@ def main(argv) -> None:
     return nn.unbox(decoder_lib.init(decoder, jax.random.key(0)))
 
   params = jax.jit(make)() if _ROUNDS.value else jax.eval_shape(make)
-  results = {}
-  for length in lengths:
-    results[length] = measure(config, length, _ROUNDS.value, params)
-    show(length, results[length])
   device = jax.devices()[0]
   result = {
     "date": datetime.date.today().isoformat(),
@@ -130,14 +126,18 @@ def main(argv) -> None:
     "attention": _ATTENTION.value,
     "rows": 1,
     "rounds": _ROUNDS.value,
-    "lengths": results,
+    "lengths": {},
     "jax": jax.__version__,
     "device": f"{device.device_kind}, {platform.machine()},"
     f" {os.cpu_count()} cores",
   }
   out = pathlib.Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
-  atomic.write_text(out, json.dumps(result, indent=1) + "\n")
+  for length in lengths:
+    result["lengths"][length] = measure(config, length, _ROUNDS.value, params)
+    show(length, result["lengths"][length])
+    # Each as soon as it is there: the longest take many minutes.
+    atomic.write_text(out, json.dumps(result, indent=1) + "\n")
   print(f"written to {out}")
 
 
