@@ -89,10 +89,11 @@ class _Terminal:
   def interrupt(self, words):
     """Ctrl-C until the words are shown.
 
-    A signal just before Python waits for a key is seen with the next key only.
+    A signal just before Python waits for a key, or one that another thread
+    took, is seen with the next one or when the line ends.
     """
-    for _ in range(10):
-      self.send("\x03")
+    for turn in range(10):
+      self.send("\x03" if turn < 5 else "\x03\r")
       try:
         self.wait_for(words, seconds=3)
       except AssertionError:
