@@ -48,8 +48,8 @@ RUNS = {
     {"objective.reference": "live"},
   ),
 }
-# Of each kind, and of characters: such as fit into a row.
-EXAMPLES, SHORTEST, LONGEST = 400, 80, 600
+# Of each kind, and of characters: such that a pair fits into a row.
+EXAMPLES, SHORTEST, LONGEST = 400, 80, 300
 
 
 def docstrings() -> list[tuple[str, str]]:
@@ -139,9 +139,10 @@ class Side:
     tokens = int(np.count_nonzero(batch["segments"]))
     batch = self.run.put(self.step, batch)
     began = time.perf_counter()
-    self.state, _ = self.program(
-      self.state, batch, np.float32(1e-6), self.run.goal.frozen
-    )
+    with jax.set_mesh(self.run.devices):
+      self.state, _ = self.program(
+        self.state, batch, np.float32(1e-6), self.run.goal.frozen
+      )
     jax.block_until_ready(self.state)
     self.rates.append(tokens / (time.perf_counter() - began))
     self.step += 1
@@ -152,11 +153,12 @@ def make_side(name: str, plan: Plan, folder: pathlib.Path) -> Side:
   folder = folder / name.replace(", ", "-")
   folder.mkdir()
   run = set_up(name, plan, folder.parent)
-  run.prepare(folder)
-  state = run.first()
-  frozen = run.goal.frozen
-  batch = run.put(0, run.batches.get(0))
-  program = run.update.lower(state, batch, np.float32(0), frozen).compile()
+  with jax.set_mesh(run.devices):
+    run.prepare(folder)
+    state = run.first()
+    frozen = run.goal.frozen
+    batch = run.put(0, run.batches.get(0))
+    program = run.update.lower(state, batch, np.float32(0), frozen).compile()
   told = folder / learning.REFERENCE
   temporary = program.memory_analysis().temp_size_in_bytes
   memory = {
@@ -182,12 +184,11 @@ def measure(plan: Plan) -> dict[str, dict]:
       sides[name] = side = make_side(name, plan, folder)
       parts = ", ".join(f"{n} {b / 1e6:,.1f}" for n, b in side.memory.items())
       print(f"memory, MB  {name:12} {parts}", flush=True)
-    with jax.set_mesh(side.run.devices):
-      for turn in range(plan.rounds + 1 if plan.rounds else 0):
-        for side in sides.values():
-          side.once()
-          if not turn:
-            side.rates.clear()
+    for turn in range(plan.rounds + 1 if plan.rounds else 0):
+      for side in sides.values():
+        side.once()
+        if not turn:
+          side.rates.clear()
   found = {}
   for name, side in sides.items():
     found[name] = {"memory_bytes": side.memory}
