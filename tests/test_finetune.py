@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import finetuning
 import numpy as np
 import pytest
 
@@ -16,56 +17,17 @@ DISTILLED = {
   "live": {"objective.reverse": 0.5, "data.form": "conversations"},
   "stored": {"objective.top_k": 5, "data.sequence_length": 32},
 }
-QUESTIONS = ["red", "blue", "green", "grey", "pink", "white", "black", "brown"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data")
-  talks = [
-    {"instruction": f"Is {one} a colour?", "output": f"Yes, {one} is."}
-    for one in QUESTIONS * 3
-  ]
-  pairs = [
-    {
-      "prompt": f"Is {one} {two}?",
-      "chosen": "Yes." if one == two else "No.",
-      "rejected": "What a strange thing to ask.",
-      "rating": ["better", "unsure"][index % 2],
-    }
-    for one in QUESTIONS
-    for index, two in enumerate(QUESTIONS[:3])
-  ]
-  texts = [{"text": " ".join(talk.values())} for talk in talks]
-  for name, rows in (("talks", talks), ("pairs", pairs), ("texts", texts)):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(lines)
-  return folder
+  return finetuning.write_data(tmp_path_factory.mktemp("data"))
 
 
 def command(kind, nano, data, workdir, **knobs):
-  rows = "pairs" if kind.endswith(("dpo", "reward")) else "talks"
-  knobs = {
-    "init": f"hf:{nano}",
-    "data.text": data / f"{rows}.jsonl",
-    "data.sequence_length": 128,
-    "data.heldout": 0.3,
-    "training.batch_size": 4,
-    "training.epochs": 0.0,
-    "training.steps": 6,
-    "model.dtype": "float32",
-    "optimizer.peak_lr": 3e-3,
-    "optimizer.warmup_steps": 0,
-    "checkpoint.every": 3,
-    "evaluation.every": 3,
-    **knobs,
-  }
-  return [
-    "llama_jax.train",
-    f"--config={ROOT / 'configs/finetune'}/{kind}.py",
-    f"--workdir={workdir}",
-    *(f"--config.{name}={value}" for name, value in knobs.items()),
-  ]
+  usual = {"training.batch_size": 4, "optimizer.peak_lr": 3e-3}
+  knobs = {"init": f"hf:{nano}"} | usual | knobs
+  return finetuning.command(kind, knobs.pop("init"), data, workdir, **knobs)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """LoRA as verbs: trained, gone on with, and read as a whole model."""
 
-import json
 import pathlib
 
+import finetuning
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,51 +12,22 @@ from llama_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = f"{ROOT}/configs/finetune/lora.py"
-COLOURS = ["red", "blue", "green", "grey", "pink", "white", "black", "brown"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data")
-  talks = [
-    {"instruction": f"Is {one} a colour?", "output": f"Yes, {one} is."}
-    for one in COLOURS * 3
-  ]
-  pairs = [
-    {"prompt": f"Is {one} {two}?", "chosen": "Yes.", "rejected": "Who asks?"}
-    for one in COLOURS
-    for two in COLOURS[:3]
-  ]
-  for name, rows in (("talks", talks), ("pairs", pairs)):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text(lines)
-  return folder
+  return finetuning.write_data(tmp_path_factory.mktemp("data"))
 
 
 def command(kind, base, data, workdir, **knobs):
-  rows = "talks" if kind.endswith("sft") else "pairs"
-  knobs = {
-    "init": base,
-    "data.text": data / f"{rows}.jsonl",
-    "data.sequence_length": 128,
-    "data.heldout": 0.3,
+  usual = {
     "training.batch_size": 2,
-    "training.epochs": 0.0,
-    "training.steps": 6,
-    "model.dtype": "float32",
     "lora.rank": 4,
     "optimizer.peak_lr": 1e-2,
-    "optimizer.warmup_steps": 0,
-    "checkpoint.every": 3,
-    "evaluation.every": 3,
-    **knobs,
   }
-  return [
-    "llama_jax.train",
-    f"--config={RECIPE}:{kind}",
-    f"--workdir={workdir}",
-    *(f"--config.{name}={value}" for name, value in knobs.items()),
-  ]
+  return finetuning.command(
+    f"lora:{kind}", base, data, workdir, **usual | knobs
+  )
 
 
 def test_trained_resumed_and_read_as_a_whole(run_verbs, nano, data, tmp_path):
