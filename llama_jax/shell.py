@@ -212,11 +212,24 @@ def _set_up_jax() -> None:
   if not flags.FLAGS["verbosity"].present:
     # The libraries below narrate at INFO.
     logging.set_verbosity(logging.WARNING)
+  if _DEVICES.value is not None:
+    simulate_devices(_DEVICES.value)
+  set_up_compile_cache()
+
+
+def simulate_devices(count: int) -> None:
+  """So many CPU devices, with threads enough to wait for each other.
+
+  Each collective operation blocks a thread until all its devices have come to
+  it, and a device starts those that do not depend on each other in any order.
+  All devices' threads come out of one pool, whose size XLA takes from NPROC; by
+  default as many as there are devices: all of them can end up waiting for one
+  that has no thread left, until XLA aborts the process after 40 seconds.
+  """
   import jax
 
-  if _DEVICES.value is not None:
-    jax.config.update("jax_num_cpu_devices", _DEVICES.value)
-  set_up_compile_cache()
+  os.environ.setdefault("NPROC", str(max(16 * count, os.cpu_count() or 1)))
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 def set_up_compile_cache() -> None:

@@ -22,7 +22,9 @@ import jax
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+from llama_jax import shell
+
+shell.simulate_devices(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -174,12 +176,13 @@ def run_verbs(tmp_path_factory):
   """Runs commands one after the other, each in a process of its own.
 
   Takes lists such as ["llama_jax.train", "--workdir=..."]; gives (exit code,
-  stdout, stderr) of each, run in cwd with `given` as standard input.
+  stdout, stderr) of each, run in cwd with `given` as standard input. Settings
+  are keys of forked.py's jobs.
   """
   forks = forked.Forks(tmp_path_factory.mktemp("verbs"))
 
-  def run(*commands, cwd=ROOT, given=""):
-    return [forks.run(command, cwd, given) for command in commands]
+  def run(*commands, cwd=ROOT, given="", **settings):
+    return [forks.run(command, cwd, given, **settings) for command in commands]
 
   yield run
   forks.close()

@@ -211,7 +211,8 @@ def test_the_next_losses_on_another_mesh(meshes, tmp_path, capsys):
 PROCESS = """
 import sys
 import jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 4)
+from llama_jax import shell
+shell.simulate_devices(4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 number, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
