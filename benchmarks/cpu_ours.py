@@ -153,7 +153,9 @@ class Ours:
   def speak(self, weights, ids, new, dtype, began, cache):
     imported = self._import(cache)
     self.load(weights)
-    _ = self._llamas[dtype].unrolled  # casts and unstacks, once
+    # As generate holds them, once.
+    self._llamas = {dtype: self._llamas[dtype]}
+    self._llamas[dtype].only_decode()
     loaded = time.time()
     before = self._compile_seconds
     first = self.decode(ids, new, dtype)

@@ -98,6 +98,7 @@ def _load():
   )
   if _QUANTIZE.value:
     print(llama.describe_quantized(), file=sys.stderr)
+  llama.only_decode()
   return llama
 
 
@@ -143,6 +144,7 @@ def answer_file(sampling_config) -> None:
     draft = llama_lib.load(
       _DRAFT.value, dtype=_DTYPE.value, knob="--draft", mesh=llama.mesh
     )
+    draft.only_decode()
   print(batch.run(llama, rows, output, settings, config, draft))
 
 

@@ -54,18 +54,24 @@ class Llama:
     """For decoding: a decoder and its own copy of the params, in dtype or
     quantized, merged or not."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
-    params = jax.tree.map(
-      lambda leaf: jnp.asarray(leaf, self.dtype), self._unstacked()
-    )
-    if self.quantize:
-      params = quantize_lib.quantize(params, self.quantize)
+    params = {}
+    for part in self._unstacked():
+      part = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), part)
+      if self.quantize:
+        part = quantize_lib.quantize(part, self.quantize)
+      # Before the next: what a part was made of is not held for long.
+      params |= jax.block_until_ready(part)
     if self.mesh is not None:
       params = placement.place(decoder, params, self.mesh)
     return decoder, params
 
-  def _unstacked(self) -> dict[str, Any]:
+  def only_decode(self) -> None:
+    """Frees params for those of `unrolled`; logits() is over then."""
+    _ = self.unrolled
+    self.params = {}
+
+  def _unstacked(self) -> Iterator[dict[str, Any]]:
     """Params for decoding as they are stored, merged if they are to be."""
-    params = decoder_lib.unstack(self.params)
     if self.merged and self.mesh is not None:
       raise errors.ConfigError(
         f"merged=True is for one device and the mesh has {self.mesh.size}:"
@@ -75,12 +81,13 @@ class Llama:
     if merged is None:
       # Fewer and larger products pay where a product's start costs.
       merged = self.mesh is None and jax.default_backend() != "cpu"
-    return decoder_lib.merge(params) if merged else params
+    for part in decoder_lib.unstacked(self.params):
+      yield decoder_lib.merge(part) if merged else part
 
   def describe_quantized(self) -> str:
     """A line on what quantizing saved and cost; see model.quantize."""
-    before = self._unstacked()
-    return f"{self.quantize}: {quantize_lib.describe(before, self.unrolled[1])}"
+    moved = quantize_lib.describe(self._unstacked(), self.unrolled[1])
+    return f"{self.quantize}: {moved}"
 
   def logits(self, ids, positions=None, segment_ids=None) -> jax.Array:
     """Float32 logits [B, T, vocab] of int ids [B, T].
@@ -91,6 +98,10 @@ class Llama:
       segment_ids: int [B, T]; tokens see only their own segment and 0 is
         padding; one segment where not given.
     """
+    if not self.params:
+      raise errors.UserError(
+        "Only what decodes is held (only_decode); load the checkpoint again."
+      )
     ids = jnp.asarray(ids, jnp.int32)
     if ids.ndim != 2:
       raise errors.UserError(

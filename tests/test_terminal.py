@@ -17,11 +17,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Says how many messages it saw, the system message and what was said; takes
 # long over what begins with "slow"; knows no system message "bad".
 _PROGRAM = """
-import fcntl, sys, termios, time, types
+import fcntl, signal, sys, termios, time, types
 from llama_jax import errors, terminal
 
 if sys.stdin.isatty():  # Ctrl-C is to reach us, as from a shell
   fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+  # Ignored by all that a shell without job control runs in the background.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Model:
   config = types.SimpleNamespace(context_length=50)
@@ -89,11 +91,10 @@ class _Terminal:
   def interrupt(self, words):
     """Ctrl-C until the words are shown.
 
-    A signal just before Python waits for a key, or one that another thread
-    took, is seen with the next one or when the line ends.
+    A signal just before Python waits for a key is seen with the next one.
     """
-    for turn in range(10):
-      self.send("\x03" if turn < 5 else "\x03\r")
+    for _ in range(5):
+      self.send("\x03")
       try:
         self.wait_for(words, seconds=3)
       except AssertionError:

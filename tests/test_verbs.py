@@ -1,11 +1,14 @@
 """The verbs as a shell meets them: what they do, and how they refuse."""
 
+import gc
 import json
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
-from llama_jax import text
+from llama_jax import errors, text
 from llama_jax.checkpoint import names, store
 from llama_jax.model import sizes
 
@@ -238,6 +241,16 @@ def test_three_lines_in_a_notebook(model, tokenizer_folder):
   stop = one[1:3]
   cut = llama.generate(["def f("], max_new_tokens=4, stop=["\0", stop])
   assert cut == [one[: one.index(stop)]]
+  # What only decodes is held once.
+  held = {id(leaf) for leaf in jax.tree.leaves(llama.unrolled[1])}
+  params = [weakref.ref(leaf) for leaf in jax.tree.leaves(llama.params)]
+  llama.only_decode()
+  gc.collect()
+  left = [leaf() for leaf in params if leaf() is not None]
+  assert held >= {id(leaf) for leaf in left}
+  assert llama.generate("def f(", max_new_tokens=4) == one
+  with pytest.raises(errors.UserError, match="only_decode"):
+    llama.logits(ids)
   again = llama_jax.load_tokenizer(tokenizer_folder)
   assert again.decode(again.encode("def f(x):")) == "def f(x):"
 

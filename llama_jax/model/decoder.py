@@ -8,6 +8,7 @@ and kernels are transposed (kernels/matmul.py says why).
 B batch, T tokens, D embed, V vocab, L layers.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -274,22 +275,25 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   return decoder.init(key, token, token, token, method=method)["params"]
 
 
-def unstack(params: dict[str, Any]) -> dict[str, Any]:
-  """Params for decoding: "layers" [L, ...] -> "layers_0" ..., each kernel as
-  [out, in]."""
+def unstacked(params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """Params for decoding part by part, each made when it is asked for: first all
+  but the layers, then "layers" [L, ...] as {"layers_0": ...} and so on, each
+  kernel as [out, in]."""
 
   def turned(tree):
     return jax.tree.map_with_path(
       lambda path, leaf: leaf.T if path[-1].key == "kernel" else leaf, tree
     )
 
-  rest = {name: tree for name, tree in params.items() if name != "layers"}
-  count = jax.tree.leaves(params["layers"])[0].shape[0]
-  layers = {
-    f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-    for i in range(count)
-  }
-  return turned(rest | layers)
+  yield turned({k: tree for k, tree in params.items() if k != "layers"})
+  for i in range(jax.tree.leaves(params["layers"])[0].shape[0]):
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+    yield {f"layers_{i}": turned(layer)}
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+  """All parts of `unstacked` in one tree."""
+  return {k: tree for part in unstacked(params) for k, tree in part.items()}
 
 
 # Module of a layer -> the matrix that merge makes, of which.

@@ -6,6 +6,7 @@ words look up or are scored by are 8 bits wide in "int4" too: at 4, the tied one
 of SmolLM2-135M cost 0.08 nats a token.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -86,18 +87,24 @@ def _off(weights_OI, quantized: int8.Quantized):
   return jnp.linalg.norm(off_OI) / jnp.linalg.norm(weights_OI)
 
 
-def describe(before: dict[str, Any], after: dict[str, Any]) -> str:
-  """A line: bytes of the params before and after, and how far weights moved."""
-  off = {}
+def describe(before: Iterable[dict[str, Any]], after: dict[str, Any]) -> str:
+  """A line: bytes of the params before and after, and how far weights moved.
+
+  before: in parts (decoder.unstacked), so that all need not be held.
+  """
+  off, was_bytes = {}, 0
 
   def one(path, leaf, was):
     if _is_quantized(leaf):
       off["/".join(entry.key for entry in path)] = float(_off(was, leaf))
 
-  jax.tree.map_with_path(one, after, before, is_leaf=_is_quantized)
-  sizes = [sum(x.nbytes for x in jax.tree.leaves(p)) for p in (before, after)]
+  for part in before:
+    same = {name: after[name] for name in part}
+    jax.tree.map_with_path(one, same, part, is_leaf=_is_quantized)
+    was_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
+  now_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
   mean, worst = sum(off.values()) / len(off), max(off, key=off.get)
   return (
-    f"weights {sizes[0] / 1e6:,.1f} MB -> {sizes[1] / 1e6:,.1f} MB;"
+    f"weights {was_bytes / 1e6:,.1f} MB -> {now_bytes / 1e6:,.1f} MB;"
     f" a matrix moved by {mean:.2%} of its norm, {worst} by {off[worst]:.2%}"
   )

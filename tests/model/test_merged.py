@@ -101,9 +101,9 @@ def test_on_a_mesh_nothing_is_merged(stacked, plain, monkeypatch):
   )
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh)
-  assert "gate" in llama._unstacked()["layers_0"]["mlp"]
+  assert "gate" in llama.unrolled[1]["layers_0"]["mlp"]
   llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh, merged=True)
   with pytest.raises(errors.ConfigError, match=r"merged=True.*mesh has 2"):
-    llama._unstacked()
+    _ = llama.unrolled
   with pytest.raises(ValueError, match="qkv"):
     placement.place(DECODER, decoder_lib.merge(plain), mesh)

@@ -104,7 +104,7 @@ def test_which_matrices_become_what(params_of, config):
       total += rest + 4 * len(leaf)
     got = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
     assert got == total
-    line = quantize.describe(params, made)
+    line = quantize.describe([params], made)
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert f"{before / 1e6:,.1f} MB -> {total / 1e6:,.1f} MB" in line
 
@@ -120,7 +120,7 @@ def test_describe_says_the_error(params_of):
       name = "/".join(entry.key for entry in path)
       off[name] = np.linalg.norm(moved) / np.linalg.norm(was)
   worst = max(off, key=off.get)
-  line = quantize.describe(params, made)
+  line = quantize.describe([params], made)
   assert f"moved by {np.mean(list(off.values())):.2%} of its norm" in line
   assert line.endswith(f"{worst} by {off[worst]:.2%}")
 
