@@ -214,6 +214,7 @@ def test_what_does_not_go_together_is_refused(run_verbs, nano, data, tmp_path):
 def test_recipes_are_whole(recipe):
   source = recipe.read_text()
   variants = {"": "", "smollm2": "_smollm2", "safety:DIR": '"safety"'}
+  variants["plain"] = '"plain"'
   for variant, mark in variants.items():
     if mark not in source:
       continue

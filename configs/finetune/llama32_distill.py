@@ -11,7 +11,8 @@ temperature, weights, rate, batch and tokens (Llama 3 8B's here). One teacher at
 a time. init: what model/prune.py cut out of the teacher; without it, give
 --config.model.size.
 Expected: at the same tokens a lower held-out loss than the same student's
-trained plainly.
+trained plainly. smollm2 and plain: these two for half of SmolLM2-135M's layers,
+on two cores (docs/finetuning.md has the figures).
 """
 
 import ml_collections
@@ -20,10 +21,12 @@ _SIZES = ("1b", "3b")
 
 
 def get_config(variant: str = "1b") -> ml_collections.ConfigDict:
+  if variant in ("smollm2", "plain"):
+    return _smollm2(get_config(), variant == "plain")
   if variant not in _SIZES:
     raise ValueError(
       f"configs/finetune/llama32_distill.py:{variant} is not there; use"
-      f" {', '.join(_SIZES)}."
+      f" {', '.join(_SIZES)}, smollm2, or plain."
     )
   return ml_collections.ConfigDict(
     {
@@ -104,3 +107,20 @@ def get_config(variant: str = "1b") -> ml_collections.ConfigDict:
       "metrics": {"layer_norms": False, "wandb": "", "curves_every": 60.0},
     }
   )
+
+
+def _smollm2(
+  config: ml_collections.ConfigDict, plain: bool
+) -> ml_collections.ConfigDict:
+  """A cut SmolLM2-135M-Instruct and what it is measured by: numbers ours."""
+  if plain:
+    config.objective = ml_collections.ConfigDict({"name": "next_token"})
+  config.model.update(dtype="auto", attention="chunked")
+  config.parallel.update(data=-1, fsdp=1)
+  config.data.update(sequence_length=512, workers=1, heldout=0.05)
+  config.training.update(batch_size=4, steps=100)
+  config.optimizer.update(warmup_steps=10)
+  config.checkpoint.update(every=50)
+  config.evaluation.update(every=25, rows=32)
+  config.metrics.curves_every = 10.0
+  return config

@@ -5,6 +5,7 @@ B rows, S slots, X pages.
 
 import numpy as np
 
+from llama_jax import errors
 from llama_jax.decoding import pages as pages_lib
 from llama_jax.decoding import programs, sampling
 from llama_jax.decoding import request as request_lib
@@ -68,6 +69,65 @@ def copied_slots(rows, page_size: int, room: int) -> int:
   """Slots of a copy of so many rows' pages, padded to whole programs."""
   width = _width(max(len(one.pages) for one in rows)) * page_size
   return round_up(len(rows)) * (width + -(-room // page_size) * page_size)
+
+
+def knobs(rows):
+  """The rows' knobs and what they ask of a program."""
+  requests = [one.request for one in rows]
+  return sampling.knobs(
+    [one.sampling for one in requests],
+    samples=[one.sample for one in rows],
+    stop_ids=[tuple(one.stop_ids) for one in requests],
+    least=[one.min_new_tokens for one in requests],
+  )
+
+
+def seen(rows, features, vocab_size: int):
+  """What the rows have said, where penalties ask for it, else None."""
+  if not features.penalties:
+    return None
+  requests = [one.request for one in rows]
+  return sampling.seen(
+    [one.prompt for one in requests],
+    [one.tokens[len(one.request.prompt) :] for one in rows],
+    vocab_size,
+  )
+
+
+def allowed(rows, vocab_size: int) -> np.ndarray | None:
+  """What constraints allow: uint32 [B, V / 32], or None without any."""
+  if all(one.constraint is None for one in rows):
+    return None
+  words = -(-vocab_size // 32)
+  allowed_BW = np.full((len(rows), words), 2**32 - 1, np.uint32)
+  for row, one in zip(allowed_BW, rows, strict=True):
+    if one.constraint is not None:
+      try:
+        row[:] = one.constraint.mask()
+      except errors.UserError as error:
+        # It ends when its token comes, whichever that is.
+        one.completion.error = str(error)
+  return allowed_BW
+
+
+def drawing(
+  rows, count: int, page_size: int, with_table: bool
+) -> programs.Rows:
+  """What the rows go on with; with_table: their pages are told too."""
+  token_B, length_B, drawn_B = np.asarray(
+    [(one.tokens[-1], one.cached, one.drawn) for one in rows], np.int32
+  ).T
+  places_BC = length_B[:, None] + np.arange(count, dtype=np.int32)
+  page_BC = np.full(places_BC.shape, pages_lib.TRASH, np.int32)
+  for row, places, one in zip(
+    page_BC, places_BC // page_size, rows, strict=True
+  ):
+    known = places < len(one.pages)
+    row[known] = np.asarray(one.pages, np.int32)[places[known]]
+  table_BX = table(rows) if with_table else np.zeros((len(rows), 0), np.int32)
+  return programs.Rows(
+    token_B, length_B, drawn_B, page_BC, places_BC % page_size, table_BX
+  )
 
 
 def pack(planned, page_size: int):

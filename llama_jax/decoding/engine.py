@@ -19,6 +19,7 @@ import numpy as np
 from llama_jax import errors, kernels
 from llama_jax.decoding import (
   arrays,
+  copies,
   placement,
   programs,
   sampling,
@@ -97,35 +98,6 @@ def _page_count(config: EngineConfig) -> int:
   return -(-config.cache_tokens // config.page_size)
 
 
-# Tokens that a copy of the rows' pages has room for before it is made anew.
-_ROOM = 64
-
-
-@dataclasses.dataclass
-class _Copied:
-  """What decoding goes on with where pages are not read in place.
-
-  Attributes:
-    rows: whose pages the cache is a copy of, with all that was drawn since.
-    caches: of the model and of the draft; None where pages are read in place,
-      by a kernel, or copied layer by layer and token by token.
-    room: tokens a row that it can still take.
-  """
-
-  rows: list[scheduler_lib.Sequence]
-  caches: tuple[Any, ...]
-  room: int
-
-  def keep(self, sequences, count: int):
-    """The rows for these sequences, or None where a new copy is better."""
-    active = set(sequences)
-    if self.room < count or not active <= set(self.rows):
-      return None
-    if arrays.round_up(len(sequences)) < len(self.rows):
-      return None
-    return [one if one in active else arrays.IDLE for one in self.rows]
-
-
 class Engine:
   """Decodes many requests in one batch.
 
@@ -158,20 +130,22 @@ class Engine:
         )
     if draft and not config.guesses:
       raise errors.UserError("A draft needs decoding.guesses=1 or more.")
+    self._words = decoder.config.vocab_size
     self._pages = pages_lib.Pages(_page_count(config), config.page_size)
     # Whole rounds of guesses, each with the draw after the last.
     together = config.guesses + 1
     count = -(-config.tokens_per_call // together) * together
-    self._room = max(_ROOM, count)
+    self._pools = tuple(self._make_pools(one) for one in self._decoders)
+    self._copies = copies.Copies(
+      self._pages, [pools[0].kernel == "gather" for pools in self._pools], count
+    )
     self._scheduler = scheduler_lib.Scheduler(
       self._pages,
       max_batch=config.max_batch,
       chunk=config.chunk,
       tokens_per_call=count,
-      fits=self._fits,
+      fits=self._copies.fits,
     )
-    self._pools = tuple(self._make_pools(one) for one in self._decoders)
-    self._copied = _Copied([], (), 0)
     # Rows that drew last, their knobs, what these ask of a program.
     self._drawing: tuple[list, Any, Any] = ([], None, None)
     # What waits for the calls of a step and hands their tokens out.
@@ -327,56 +301,21 @@ class Engine:
     while self.busy:
       yield from self.step()
 
-  def _knobs(self, rows):
-    """The rows' knobs and what they ask of a program."""
-    requests = [one.request for one in rows]
-    return sampling.knobs(
-      [one.sampling for one in requests],
-      samples=[one.sample for one in rows],
-      stop_ids=[tuple(one.stop_ids) for one in requests],
-      least=[one.min_new_tokens for one in requests],
-    )
-
-  def _seen(self, rows, features):
-    """What the rows have said, where penalties ask for it."""
-    if not features.penalties:
-      return None
-    requests = [one.request for one in rows]
-    return sampling.seen(
-      [one.prompt for one in requests],
-      [one.tokens[len(one.request.prompt) :] for one in rows],
-      self._decoder.config.vocab_size,
-    )
-
-  def _allowed(self, rows):
-    """What constraints allow: uint32 [B, V / 32], or None without any."""
-    if all(one.constraint is None for one in rows):
-      return None
-    words = -(-self._decoder.config.vocab_size // 32)
-    allowed = np.full((len(rows), words), 2**32 - 1, np.uint32)
-    for row, one in zip(allowed, rows, strict=True):
-      if one.constraint is not None:
-        try:
-          row[:] = one.constraint.mask()
-        except errors.UserError as error:
-          # It ends when its token comes, whichever that is.
-          one.completion.error = str(error)
-    return allowed
-
   def _most(self, asked) -> int | None:
     """How many of the likeliest a program tells, so that all get theirs."""
     asked = [one for one in asked if one is not None]
     if not asked:
       return None
     most = arrays.round_up(max(asked)) if max(asked) else 0
-    return min(most, self._decoder.config.vocab_size)
+    return min(most, self._words)
 
   def _read(self, planned):
     """Sends what is to be read: a function that waits and hands tokens out."""
     packed, drawing = arrays.pack(planned, self._config.page_size)
     rows = arrays.filled(drawing, len(packed.last_R))
-    knobs, features = self._knobs(rows)
-    seen, allowed = self._seen(rows, features), self._allowed(rows)
+    knobs, features = arrays.knobs(rows)
+    seen = arrays.seen(rows, features, self._words)
+    allowed = arrays.allowed(rows, self._words)
     top = self._most(one.request.logprobs for one in drawing)
     scored = self._most(one.request.prompt_logprobs for one, _ in planned)
     found = [
@@ -422,22 +361,24 @@ class Engine:
     """Sends what is to be drawn: a function that waits and hands tokens out."""
     # Where a constraint looks at each token there is one a call.
     speculates = self._config.guesses > 0 and count > 1
-    rows = self._copied.keep(sequences, count)
-    if rows is None:
-      rows = arrays.filled(sequences, arrays.round_up(len(sequences)))
-      self._copied = self._copy(rows)
+    self._copies.take(sequences, count, self._pools)
+    rows, caches = self._copies.rows, self._copies.caches
     if rows != self._drawing[0]:
-      knobs, features = self._knobs(rows)
+      knobs, features = arrays.knobs(rows)
       # They stay on the device as long as the rows do.
       self._drawing = (rows, jax.device_put(knobs), features)
     _, knobs, features = self._drawing
-    seen = self._seen(rows, features)
+    seen = arrays.seen(rows, features, self._words)
     top = self._most(one.request.logprobs for one in sequences)
-    asked = self._rows(rows, count, table=speculates)
-    caches = self._copied.caches
+    asked = arrays.drawing(
+      rows,
+      count,
+      self._config.page_size,
+      with_table=speculates or None in caches,
+    )
     if speculates:
       C = self._config.guesses + 1
-      *found, self._pools, self._copied.caches = speculation.draw(
+      *found, self._pools, caches = speculation.draw(
         self._params,
         self._pools,
         caches,
@@ -460,18 +401,17 @@ class Engine:
         asked,
         knobs,
         seen,
-        self._allowed(rows),
+        arrays.allowed(rows, self._words),
         decoder=self._decoder,
         features=features,
         top=top,
       )
       self._pools = (pools, *self._pools[1:])
-      self._copied.caches = (cache, *caches[1:])
-      if len(caches) > 1:
-        # The draft has not read these.
-        self._copied.room = 0
+      caches = (cache, *caches[1:])
       take = functools.partial(self._take_drawn, rows, tokens_BC, told)
-    self._copied.room -= count
+    # Where nothing is guessed, a draft has not read what was drawn.
+    all_read = speculates or len(caches) == 1
+    self._copies.drawn(caches, count, all_read)
     return take
 
   def _take_drawn(self, rows, tokens_BC, told):
@@ -488,48 +428,6 @@ class Engine:
       (tokens_BRC, valid_BRC, told),
     )
     return self._take(rows, tokens_BC, told, valid_BC)
-
-  def _rows(self, rows, count: int, table: bool) -> programs.Rows:
-    """What the rows go on with; table: whether their pages are told too."""
-    P = self._config.page_size
-    token_B, length_B, drawn_B = np.asarray(
-      [(one.tokens[-1], one.cached, one.drawn) for one in rows], np.int32
-    ).T
-    places_BC = length_B[:, None] + np.arange(count, dtype=np.int32)
-    page_BC = np.full(places_BC.shape, pages_lib.TRASH, np.int32)
-    for row, places, one in zip(page_BC, places_BC // P, rows, strict=True):
-      known = places < len(one.pages)
-      row[known] = np.asarray(one.pages, np.int32)[places[known]]
-    if table or None in self._copied.caches:
-      table_BX = arrays.table(rows)
-    else:
-      table_BX = np.zeros((len(rows), 0), np.int32)
-    return programs.Rows(
-      token_B, length_B, drawn_B, page_BC, places_BC % P, table_BX
-    )
-
-  def _fits(self, rows) -> bool:
-    """Whether these rows' pages can be copied, if they need to be."""
-    if self._pools[0][0].kernel != "gather":
-      return True
-    P = self._config.page_size
-    return arrays.copied_slots(rows, P, self._room) <= self._pages.count * P
-
-  def _copy(self, rows) -> "_Copied":
-    """Rows' pages copied together, unless they are read in place."""
-    # The old one's memory first.
-    self._copied = _Copied([], (), 0)
-    fits = self._fits(rows)
-    table_BX = arrays.table(rows)
-    lengths = np.asarray([one.cached for one in rows], np.int32)
-    caches = tuple(
-      programs.gather(pools, table_BX, lengths, room=self._room)
-      if fits and pools[0].kernel == "gather"
-      else None
-      for pools in self._pools
-    )
-    # There is nothing to keep where nothing was copied.
-    return _Copied(rows, caches, self._room if caches[0] is not None else 0)
 
   def _take(self, sequences, tokens_BC, told, valid_BC):
     """Gives each sequence its new tokens, up to what ends it."""

@@ -284,7 +284,7 @@ def test_memory_is_what_was_planned(params):
     return sum(leaf.nbytes for leaf in arrays)
 
   def copied():
-    caches = [one for one in engine._copied.caches if one is not None]
+    caches = [one for one in engine._copies.caches if one is not None]
     return sum(a.nbytes for one in caches for a in (*one.keys, *one.values))
 
   pool = held(engine._pools)
