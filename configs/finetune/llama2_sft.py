@@ -105,5 +105,4 @@ def _smollm2(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.optimizer.update(peak_lr=2e-05, warmup_steps=5)
   config.checkpoint.update(every=30)
   config.evaluation.update(every=30, rows=32)
-  config.metrics.curves_every = 10.0
   return config

@@ -122,5 +122,4 @@ def _smollm2(
   config.optimizer.update(warmup_steps=10)
   config.checkpoint.update(every=50)
   config.evaluation.update(every=25, rows=32)
-  config.metrics.curves_every = 10.0
   return config
