@@ -1,6 +1,8 @@
-"""metrics.jsonl as a picture: losses, learning rate, gradient norm."""
+"""metrics.jsonl as a picture: losses, what an objective tells beside them,
+learning rate, gradient norm."""
 
 import array
+import functools
 import math
 import os
 import pathlib
@@ -21,6 +23,8 @@ _PLAIN = (
   "batch_size",
   "sequence_length",
 )
+# What an objective tells, held out too; drawn where it does.
+_TOLD = ("accuracy", "margin", "kl")
 _FAINT, _STRONG, _RED, _GRAY = "#9db8d9", "#1f4e8c", "#c0504d", "#8a8a8a"
 
 
@@ -37,9 +41,15 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
 
   # One source's loss is the loss.
   several = len(_named(columns)) > 1
-  panels = [_loss, *([_by_name] if several else []), _rate, _norm]
-  heights = {_loss: 3.2, _by_name: 3.2, _rate: 1.1, _norm: 1.5}
-  tall = [heights[panel] for panel in panels]
+  told = [name for name in _TOLD if name in columns]
+  heights = {
+    _loss: 3.2,
+    **({_by_name: 3.2} if several else {}),
+    **{functools.partial(_told, name): 1.6 for name in told},
+    _rate: 1.1,
+    _norm: 1.5,
+  }
+  panels, tall = list(heights), list(heights.values())
   figure, places = plt.subplots(
     len(panels),
     1,
@@ -68,13 +78,19 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
   return folder / "curves.png"
 
 
+def _is_drawn(name: str) -> bool:
+  if name.removeprefix("heldout/") in _TOLD:
+    return True
+  return name in _PLAIN or name.startswith(("loss/", "heldout_loss"))
+
+
 def _columns(file: pathlib.Path) -> dict[str, np.ndarray]:
   """What is drawn, float64; NaN where a row lacks it or is null."""
   found = {name: array.array("d") for name in ("step", *_PLAIN)}
   for count, (_, row) in enumerate(metrics.scan(file), start=1):
     for name, value in row.items():
       if name not in found:
-        if not name.startswith(("loss/", "heldout_loss")):
+        if not _is_drawn(name):
           continue
         found[name] = array.array("d", [math.nan] * (count - 1))
       found[name].append(math.nan if value is None else value)
@@ -184,7 +200,8 @@ def _loss(axes, columns) -> None:
   if "heldout_loss" in columns:
     _dots(axes, columns, "heldout_loss", _RED, "held out")
   _zoom(axes, values)
-  axes.set_ylabel("loss (nats per token)")
+  unit = "pair" if "accuracy" in columns else "token"
+  axes.set_ylabel(f"loss (nats per {unit})")
   axes.legend(frameon=False, loc="upper right")
 
 
@@ -209,6 +226,19 @@ def _by_name(axes, columns) -> None:
   _zoom(axes, np.concatenate(shown))
   axes.set_ylabel(f"loss by source (mean of {width})\nheld out: dots")
   axes.legend(frameon=False, loc="upper right", ncols=2)
+
+
+def _told(name: str, axes, columns) -> None:
+  steps, values = columns["step"], _made(columns, name)
+  # A step has few pairs.
+  width = max(min(10, len(steps) // 4), _width(steps))
+  if name == "accuracy":
+    axes.axhline(0.5, color=_GRAY, linewidth=0.8, linestyle=":")
+  smooth = _mean(values, width)
+  axes.plot(*_thin(steps, smooth), color=_STRONG, linewidth=1.5)
+  if f"heldout/{name}" in columns:
+    _dots(axes, columns, f"heldout/{name}", _RED, None)
+  axes.set_ylabel(f"{name}\n(mean of {width})")
 
 
 def _rate(axes, columns) -> None:

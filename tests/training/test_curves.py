@@ -63,6 +63,21 @@ def test_sources_get_a_panel_and_skipped_steps_a_mark(tmp_path):
   assert drawn(tmp_path).shape[0] > plain.shape[0] + 200
 
 
+def test_what_an_objective_tells_gets_a_panel(tmp_path):
+  run(tmp_path, [{}] * 60)
+  plain = drawn(tmp_path)
+  rows = [{"accuracy": 0.5 + i / 200, "margin": i / 60} for i in range(60)]
+  run(tmp_path, rows)
+  told = drawn(tmp_path)
+  assert told.shape[0] > plain.shape[0] + 200 and not count(told, RED)
+  rows[-1]["heldout/accuracy"] = 0.7
+  # By rating is not drawn, nor what the held-out rows do not have.
+  rows[-1] |= {"accuracy/better": 0.9, "heldout/margin": None}
+  run(tmp_path, rows)
+  marked = drawn(tmp_path)
+  assert marked.shape == told.shape and count(marked, RED) > 5
+
+
 def test_rows_that_say_almost_nothing(tmp_path):
   """All losses not finite, or a run of an older version."""
   run(tmp_path, [{"loss": None, "grad_norm": None, "skipped": 3}] * 4)
