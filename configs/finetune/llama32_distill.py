@@ -12,7 +12,7 @@ a time. init: what model/prune.py cut out of the teacher; without it, give
 --config.model.size.
 Expected: at the same tokens a lower held-out loss than the same student's
 trained plainly. smollm2 and plain: these two for half of SmolLM2-135M's layers,
-on two cores (docs/finetuning.md has the figures).
+on two cores; level after 40 steps (docs/finetuning.md).
 """
 
 import ml_collections

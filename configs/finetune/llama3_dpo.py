@@ -110,7 +110,7 @@ def _smollm2(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.parallel.update(data=-1, fsdp=1)
   config.data.update(sequence_length=1024, workers=1, heldout=0.1)
   config.training.update(batch_size=2, epochs=0.0, steps=60)
-  config.optimizer.update(peak_lr=2e-06, warmup_steps=5)
+  config.optimizer.update(peak_lr=1e-05, warmup_steps=5)
   config.checkpoint.update(every=30)
   config.evaluation.update(every=30, rows=32)
   return config
