@@ -96,6 +96,10 @@ def _loop(
 ) -> int:
   """The steps that are left; returns an exit code."""
   asked, training = run.asked, run.asked.training
+  untrained = {}
+  if asked.init and asked.evaluation.every and start == 0 < training.steps:
+    for name, value in run.goal.evaluate(state.params).items():
+      untrained[f"before/{name}"] = value
   metrics = metrics_lib.Metrics(
     folder,
     start,
@@ -142,6 +146,7 @@ def _loop(
             f"epochs/{name}": passes
             for name, passes in run.batches.epochs(step + 1).items()
           },
+          **(untrained if step == 0 else {}),
         },
       )
       traced.after(step, state)

@@ -66,6 +66,7 @@ def rows_of(runs, kind):
 def test_sft_learns_answers_and_says_what_it_read(runs):
   rows = rows_of(runs, "llama2_sft")
   assert rows[-1]["heldout_loss"] < rows[2]["heldout_loss"] < 7
+  assert rows[0]["before/heldout_loss"] > rows[-1]["heldout_loss"]
   assert rows[-1]["loss"] < rows[0]["loss"]
   out = runs["llama2_sft"][1]
   assert "to train on" in out and "the model is to say" in out
@@ -85,6 +86,11 @@ def test_dpo_moves_away_from_its_reference(runs):
   assert rows[0]["margin"] == 0 and rows[0]["accuracy"] == 0.5
   assert rows[0]["loss"] == pytest.approx(
     np.log(2) + 0.2 * rows[0]["nll"], rel=1e-5
+  )
+  # So it is on held-out rows before the first step.
+  assert abs(rows[0]["before/heldout/margin"]) < 1e-5
+  assert rows[0]["before/heldout_loss"] == pytest.approx(
+    np.log(2) + 0.2 * rows[0]["before/heldout/nll"], rel=1e-5
   )
   assert rows[-1]["heldout/margin"] > 0 and rows[-1]["heldout/accuracy"] > 0.9
   assert (runs["llama3_dpo"][3] / "reference.npz").is_file()

@@ -25,6 +25,8 @@ _PLAIN = (
 )
 # What an objective tells, held out too; drawn where it does.
 _TOLD = ("accuracy", "margin", "kl")
+# What was held out was measured before the first step too, told with it.
+_BEFORE = "before/"
 _FAINT, _STRONG, _RED, _GRAY = "#9db8d9", "#1f4e8c", "#c0504d", "#8a8a8a"
 
 
@@ -79,6 +81,7 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _is_drawn(name: str) -> bool:
+  name = name.removeprefix(_BEFORE)
   if name.removeprefix("heldout/") in _TOLD:
     return True
   return name in _PLAIN or name.startswith(("loss/", "heldout_loss"))
@@ -161,10 +164,12 @@ def _each_step(axes, steps, values, color, label) -> None:
 
 def _dots(axes, columns, name, color, label) -> None:
   """Held-out values: few, so each is a dot."""
-  values = columns[name]
+  steps, values = columns["step"], columns[name]
+  if (before := columns.get(_BEFORE + name)) is not None:
+    steps, values = np.append(0, steps), np.append(before[0], values)
   there = np.isfinite(values)
   axes.plot(
-    *_thin(columns["step"][there], values[there]),
+    *_thin(steps[there], values[there]),
     color=color,
     linewidth=1.2,
     linestyle="--",

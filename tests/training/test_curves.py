@@ -76,6 +76,10 @@ def test_what_an_objective_tells_gets_a_panel(tmp_path):
   run(tmp_path, rows)
   marked = drawn(tmp_path)
   assert marked.shape == told.shape and count(marked, RED) > 5
+  # A dot more, left of the first step, and the line to it.
+  rows[0]["before/heldout/accuracy"] = 0.5
+  run(tmp_path, rows)
+  assert count(drawn(tmp_path), RED) > count(marked, RED) + 50
 
 
 def test_rows_that_say_almost_nothing(tmp_path):
