@@ -16,8 +16,7 @@ R tokens of a row, S segments of a row, P pairs of a row.
 import collections
 import dataclasses
 import itertools
-import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from llama_jax.data import (
   dialogs,
   documents,
   packing,
+  processes,
   records,
   sources,
 )
@@ -35,6 +35,10 @@ from llama_jax.text import chat, templates
 
 # Reasons and places that a message quotes at most.
 _NAMED = 3
+# Rows that one process is given at a time, and of a source those that are read
+# before there are others: rendering a chat takes milliseconds, beginning a
+# process seconds.
+_CHUNK, _ALONE = 256, 2048
 
 Rows = list[dict[str, Any]]
 
@@ -71,6 +75,21 @@ class Counts:
       f" skipped{reasons}; the model is to say {share:.0%} of {self.tokens:,}"
       " tokens"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """What a row says.
+
+  Attributes:
+    document: of index 0.
+    asked: what the user said first; those of one prompt are held out together.
+    preference: None of a conversation.
+  """
+
+  document: packing.Document
+  asked: str
+  preference: dialogs.Preference | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,35 +134,35 @@ def read(
   }[config.form](tokenizer, row_length, formatting)
   found: dict[bool, dict[str, Rows]] = {False: {}, True: {}}
   counts = {}
+  # By the index of its document.
+  preferences: list[dialogs.Preference | None] = []
   for name, paths in config.texts.items():
-    counts[name], split = _read_source(config, kind, name, paths)
+    counts[name], split = _read_source(config, kind, name, paths, preferences)
     for heldout, documents_ in split.items():
       rows = kind.pack(documents_, config.packed)
       if rows:
         found[heldout][name] = rows
   kind.finish(
-    list(itertools.chain(*found[False].values(), *found[True].values()))
+    list(itertools.chain(*found[False].values(), *found[True].values())),
+    preferences,
   )
   return Examples(found[False], found[True], counts)
 
 
-def _read_source(config, kind, name, paths):
+def _read_source(config, kind, name, paths, preferences):
   """Counts, and the documents to train on and those held out."""
   knob = f"data.text.{name}" if len(config.texts) > 1 else "data.text"
   counts = Counts()
   split: dict[bool, list[packing.Document]] = {False: [], True: []}
-  for path, where, row in _objects(paths, knob):
-    try:
-      if isinstance(row, records.Bad):
-        raise dialogs.Unusable(row.problem)
-      document, asked = kind.document(row)
-    except (dialogs.Unusable, errors.UserError) as error:
-      reason = str(error).rstrip(".")
-      counts.skipped[reason] += 1
+  for where, example in _examples(kind, _objects(paths, knob)):
+    if isinstance(example, str):
+      counts.skipped[example] += 1
       if len(counts.named) < _NAMED:
-        counts.named.append(f"{path}, {where}: {reason}")
+        counts.named.append(f"{where}: {example}")
       continue
-    digest = documents.digest(asked.encode(errors="surrogatepass"))
+    document = dataclasses.replace(example.document, index=len(preferences))
+    preferences.append(example.preference)
+    digest = documents.digest(example.asked.encode(errors="surrogatepass"))
     heldout = documents.is_held_out(digest, config.heldout)
     split[heldout].append(document)
     if heldout:
@@ -165,15 +184,59 @@ def _read_source(config, kind, name, paths):
   return counts, split
 
 
-def _objects(paths, knob) -> Iterator[tuple[pathlib.Path, str, Any]]:
+def _objects(paths, knob) -> Iterator[tuple[str, Any]]:
+  """(where it is, row) of each."""
   for path in sources.expand(paths, knob):
     for number, row in enumerate(records.Records(path, field=None), 1):
       bad = isinstance(row, records.Bad)
-      yield path, row.where if bad and row.where else f"row {number}", row
+      place = row.where if bad and row.where else f"row {number}"
+      yield f"{path}, {place}", row
+
+
+def _examples(kind, rows) -> Iterator[tuple[str, Example | str]]:
+  """(where it is, what it says or why it cannot be used) of rows, in order."""
+  rows = iter(rows)
+  yield from _convert(kind, itertools.islice(rows, _ALONE))
+  workers = processes.cores()
+  more = list(itertools.islice(rows, _CHUNK))
+  if workers == 1 or len(more) < _CHUNK:
+    yield from _convert(kind, itertools.chain(more, rows))
+    return
+  chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
+  with processes.Pool(
+    workers,
+    _begin_worker,
+    (kind,),
+    "give it more, or fewer cores (taskset).",
+  ) as pool:
+    for converted in pool.map(_work, itertools.chain([more], chunks)):
+      yield from converted
+
+
+def _convert(kind, rows) -> Iterator[tuple[str, Example | str]]:
+  for where, row in rows:
+    try:
+      if isinstance(row, records.Bad):
+        raise dialogs.Unusable(row.problem)
+      yield where, kind.example(row)
+    except (dialogs.Unusable, errors.UserError) as error:
+      yield where, str(error).rstrip(".")
+
+
+_kind: "_Kind | None" = None  # of a worker process
+
+
+def _begin_worker(kind: "_Kind") -> None:
+  global _kind
+  _kind = kind
+
+
+def _work(rows: list[tuple[str, Any]]) -> list[tuple[str, Example | str]]:
+  return list(_convert(_kind, rows))
 
 
 class _Kind:
-  """How rows become documents; their index counts those that were made.
+  """How rows become examples, and these rows of tokens.
 
   Args:
     tokenizer: with a chat template.
@@ -193,7 +256,6 @@ class _Kind:
     self._special = (
       set() if formatting else {*tokenizer.special_tokens.values()}
     )
-    self._made = 0
 
   def _render(self, talk: dialogs.Conversation) -> tuple[list[int], np.ndarray]:
     """Ids, and which of them are the assistant's."""
@@ -234,10 +296,7 @@ class _Kind:
       trained = trained & ~np.isin(ids, list(self._special))
     if not trained.any():
       raise dialogs.Unusable("the chat template leaves nothing of the answer")
-    self._made += 1
-    return packing.Document(
-      np.asarray(ids, np.int32), self._made - 1, True, trained, parts
-    )
+    return packing.Document(np.asarray(ids, np.int32), 0, True, trained, parts)
 
 
 class Conversations(_Kind):
@@ -247,34 +306,27 @@ class Conversations(_Kind):
     super().__init__(tokenizer, row_length, formatting)
     self._texts = documents.Encoder(tokenizer, row_length)
 
-  def document(self, row: Mapping[str, Any]) -> tuple[packing.Document, str]:
-    """The document of a row, and what it is told from others by."""
+  def example(self, row: Mapping[str, Any]) -> Example:
     if set(row) >= {"text"} and isinstance(row["text"], str):
       if not row["text"]:
         raise dialogs.Unusable("a text is empty")
-      self._made += 1
-      return self._texts.document(row["text"], self._made - 1), row["text"]
+      return Example(self._texts.document(row["text"], 0), row["text"])
     one = dialogs.conversation(row)
     ids, trained = self._render(one)
     self._fit(ids, self._row_length)
-    return self._document(ids, trained), _asked(one.messages)
+    return Example(self._document(ids, trained), _asked(one.messages))
 
   def pack(self, found: list[packing.Document], together: bool) -> Rows:
     return list(packing.pack(found, self._row_length, together))
 
-  def finish(self, rows: Rows) -> None:
-    del rows
+  def finish(self, rows: Rows, preferences: Sequence[None]) -> None:
+    del rows, preferences
 
 
 class Preferences(_Kind):
   """Preferences; what their rows take along."""
 
-  def __init__(self, tokenizer, row_length, formatting):
-    super().__init__(tokenizer, row_length, formatting)
-    self._read: list[dialogs.Preference] = []
-
-  def document(self, row: Mapping[str, Any]) -> tuple[packing.Document, str]:
-    """The document of a row, and what it is told from others by."""
+  def example(self, row: Mapping[str, Any]) -> Example:
     one = dialogs.preference(row)
     answers = [
       self.answered(
@@ -294,8 +346,7 @@ class Preferences(_Kind):
       np.concatenate([trained for _, trained in answers]),
       tuple(len(answer) for answer, _ in answers),
     )
-    self._read.append(one)
-    return document, _asked(one.prompt)
+    return Example(document, _asked(one.prompt), one)
 
   def pack(self, found: list[packing.Document], together: bool) -> Rows:
     return [
@@ -308,9 +359,14 @@ class Preferences(_Kind):
       for row in packing.pack(found, self._row_length - 1, together)
     ]
 
-  def finish(self, rows: Rows) -> None:
-    """Adds what goes along, in arrays of the same size for all rows."""
-    pairs = [self._pairs(row) for row in rows]
+  def finish(
+    self, rows: Rows, preferences: Sequence[dialogs.Preference]
+  ) -> None:
+    """Adds what goes along, in arrays of the same size for all rows.
+
+    preferences: by the index of their documents.
+    """
+    pairs = [_pairs(row, preferences) for row in rows]
     P = max(map(len, pairs), default=0)
     S = max((len(row["documents"]) for row in rows), default=0)
     for row, found in zip(rows, pairs, strict=True):
@@ -326,21 +382,22 @@ class Preferences(_Kind):
       for segment, (index, group) in enumerate(_answers(row), 1):
         place = np.flatnonzero(row["segments"] == segment)[-1]
         extra["last"][segment - 1] = place
-        extra["safe"][segment - 1] = self._read[index].safe[group]
+        extra["safe"][segment - 1] = preferences[index].safe[group]
       row["extra"] = extra
 
-  def _pairs(self, row) -> list[tuple[int, int, int]]:
-    """(segment of the better, of the other, rating) of each two answers."""
-    found = []
-    segment = 1
-    for index, group in itertools.groupby(map(int, row["documents"])):
-      count = len(list(group))
-      for better, other in itertools.combinations(range(count), 2):
-        rated = better == count - 2
-        rating = self._read[index].rating if rated else -1
-        found.append((segment + better, segment + other, rating))
-      segment += count
-    return found
+
+def _pairs(row, preferences) -> list[tuple[int, int, int]]:
+  """(segment of the better, of the other, rating) of each two answers."""
+  found = []
+  segment = 1
+  for index, group in itertools.groupby(map(int, row["documents"])):
+    count = len(list(group))
+    for better, other in itertools.combinations(range(count), 2):
+      rated = better == count - 2
+      rating = preferences[index].rating if rated else -1
+      found.append((segment + better, segment + other, rating))
+    segment += count
+  return found
 
 
 def _answers(row) -> Iterator[tuple[int, int]]:

@@ -6,16 +6,12 @@ same for any number of processes, and one that is done, and was made of the
 same text in the same way, is not done again.
 """
 
-import concurrent.futures
-import concurrent.futures.process
+import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
-import os
 import pathlib
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +19,7 @@ import numpy as np
 
 from llama_jax import errors
 from llama_jax import text as text_lib
-from llama_jax.data import documents, packing, prepared
+from llama_jax.data import documents, packing, prepared, processes
 from llama_jax.data import parts as parts_lib
 from llama_jax.text import files
 
@@ -40,8 +36,14 @@ class Maker:
     self._folder = folder
     self.tokenizer = text_lib.load_tokenizer(config.tokenizer)
 
-  def save_tokenizer(self) -> None:
-    self.tokenizer.save(self._folder / prepared.TOKENIZER)
+  def work(
+    self, part: parts_lib.Part | None
+  ) -> tuple[Any, dict[str, Any]] | None:
+    """A part's (split, number) and note; of None the tokenizer is saved."""
+    if part is None:
+      self.tokenizer.save(self._folder / prepared.TOKENIZER)
+      return None
+    return (part.split, part.number), self.make(part)
 
   def make(self, part: parts_lib.Part) -> dict[str, Any]:
     """Writes a part's shard, then its note, which is what is returned."""
@@ -104,22 +106,10 @@ def _begin_worker(
 ) -> None:
   global _maker
   _maker = Maker(config, folder)
-  # A killed parent tells nobody.
-  parent = multiprocessing.parent_process()
-
-  def follow() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
 
 
-def _make(part: parts_lib.Part) -> dict[str, Any]:
-  return _maker.make(part)
-
-
-def _save_tokenizer() -> None:
-  _maker.save_tokenizer()
+def _work(part: parts_lib.Part | None) -> tuple[Any, dict[str, Any]] | None:
+  return _maker.work(part)
 
 
 def _make_all(
@@ -132,7 +122,9 @@ def _make_all(
   maker = Maker(config, folder)
   notes: dict[tuple[str, int], dict[str, Any]] = {}
 
-  def left() -> Iterator[parts_lib.Part]:
+  def left() -> Iterator[parts_lib.Part | None]:
+    # Saving takes as long as a part does.
+    yield None
     for part in parts:
       counted = maker.made(part)
       if counted is None:
@@ -140,49 +132,24 @@ def _make_all(
       else:
         notes[part.split, part.number] = counted
 
-  def made(part_key: tuple[str, int], counted: dict[str, Any]) -> None:
-    notes[part_key] = counted
-    tell(counted["tokens"])
-
-  workers = config.workers or len(os.sched_getaffinity(0))
-  if workers == 1:
-    maker.save_tokenizer()
-    for part in left():
-      made((part.split, part.number), maker.make(part))
-    return notes
-  # Not forked: the verb may hold JAX's threads.
-  pool = concurrent.futures.ProcessPoolExecutor(
-    workers,
-    multiprocessing.get_context("spawn"),
-    _begin_worker,
-    (config, folder),
-  )
-  try:
-    saved = pool.submit(_save_tokenizer)
-    pending: dict[concurrent.futures.Future, tuple[str, int]] = {}
-
-    def collect(most: int) -> None:
-      while len(pending) > most:
-        done, _ = concurrent.futures.wait(
-          pending, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        for future in done:
-          made(pending.pop(future), future.result())
-
-    for part in left():
-      # Enough that no process waits for the reader.
-      collect(2 * workers - 1)
-      pending[pool.submit(_make, part)] = (part.split, part.number)
-    collect(0)
-    saved.result()
-  except concurrent.futures.process.BrokenProcessPool:
-    raise errors.UserError(
-      "a worker process was killed, as the system does when memory runs out;"
-      " the same command goes on. Take fewer --config.workers or a smaller"
-      " --config.shard_mb."
-    ) from None
-  finally:
-    pool.shutdown(wait=True, cancel_futures=True)
+  workers = config.workers or processes.cores()
+  with contextlib.ExitStack() as stack:
+    if workers == 1:
+      made = map(maker.work, left())
+    else:
+      pool = processes.Pool(
+        workers,
+        _begin_worker,
+        (config, folder),
+        "the same command goes on. Take fewer --config.workers or a smaller"
+        " --config.shard_mb.",
+      )
+      made = stack.enter_context(pool).map(_work, left())
+    for found in made:
+      if found is not None:
+        key, counted = found
+        notes[key] = counted
+        tell(counted["tokens"])
   return notes
 
 

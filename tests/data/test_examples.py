@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 
+import jax
 import numpy as np
 import pytest
 
 from llama_jax import errors, text
-from llama_jax.data import batches, examples, packing
+from llama_jax.data import batches, examples, packing, processes
 
 TEMPLATE = (
   "{% for message in messages %}<s>{{ message.role }}\n"
@@ -122,6 +124,42 @@ def test_sources_by_name_and_arrays_of_json(tokenizer, tmp_path):
   found = examples.read(config, tokenizer, 60)
   assert {n: c.kept for n, c in found.counts.items()} == {"one": 3, "two": 2}
   assert list(found.rows) == ["one", "two"]
+
+
+@pytest.mark.parametrize("form", [batches.CONVERSATIONS, batches.PREFERENCES])
+def test_several_processes_read_what_one_does(
+  tokenizer, tmp_path, monkeypatch, form
+):
+  of = conversation if form == batches.CONVERSATIONS else pair
+  rows = [of(n) if n % 7 else {"what": n} for n in range(40)]
+  path = write(tmp_path / "a.jsonl", rows)
+  config = data_config(path, form, heldout=0.2, max_skipped=0.5)
+  alone = examples.read(config, tokenizer, 200)
+  monkeypatch.setattr(examples, "_ALONE", 3)
+  monkeypatch.setattr(examples, "_CHUNK", 4)
+  monkeypatch.setattr(processes, "cores", lambda: 2)
+  several = examples.read(config, tokenizer, 200)
+  assert several.counts == alone.counts
+  assert alone.counts["text"].skipped.total() == 6
+  for ours, want in (
+    (several.rows, alone.rows),
+    (several.heldout, alone.heldout),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, ours, want)
+
+
+def test_a_killed_process_is_one_line(tokenizer, tmp_path, monkeypatch):
+  path = write(tmp_path / "a.jsonl", [conversation(n) for n in range(40)])
+  monkeypatch.setattr(examples, "_ALONE", 3)
+  monkeypatch.setattr(examples, "_CHUNK", 4)
+  monkeypatch.setattr(processes, "cores", lambda: 2)
+  monkeypatch.setattr(examples, "_begin_worker", _die)
+  with pytest.raises(errors.UserError, match="a worker process was killed"):
+    examples.read(data_config(path, batches.CONVERSATIONS), tokenizer, 60)
+
+
+def _die(kind):
+  os._exit(9)
 
 
 def pair(number, **more):

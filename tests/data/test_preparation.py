@@ -368,7 +368,6 @@ def test_a_killed_worker_is_one_line(
   corpus, tmp_path, tokenizer_folder, monkeypatch
 ):
   folder, _ = corpus
-  monkeypatch.setattr(preparation, "_make", os.abort)
   asked = config(tokenizer_folder, sources_of(folder), workers=2)
   monkeypatch.setattr(preparation, "_begin_worker", _die)
   with pytest.raises(errors.UserError, match="a worker process was killed"):
