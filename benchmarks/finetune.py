@@ -5,9 +5,12 @@
 
 One model, one shape of batch, the update that `llama_jax.train` compiles: of
 pretraining, SFT, a reward model, DPO with cached and with live reference. They
-take turns; a token counts if it is not padding. The data are the docstrings of
-this Python's standard library, as documents, as answers to a question, and as
-the better of two answers. --init is SmolLM2-135M-Instruct if it is not given.
+take turns; a token counts if it is not padding. On a CPU the rate over
+pretraining's is told by CPU time too, which other work on the machine, or a
+host that gives its cores to others, moves less than the clock. The data are the
+docstrings of this Python's standard library, as documents, as answers to a
+question, and as the better of two answers. --init is SmolLM2-135M-Instruct if
+it is not given.
 
 Memory is what a run holds from step to step (params, moments, the reference's
 params or what it said), and what XLA takes for a step's gradients and
@@ -48,11 +51,13 @@ RUNS = {
     {"objective.reference": "live"},
   ),
 }
-# Of each kind, and of characters: such that a pair fits into a row.
-EXAMPLES, SHORTEST, LONGEST = 400, 80, 300
+# Characters of a docstring: such that a pair of them fits into a row.
+SHORTEST, LONGEST = 80, 300
+# Tokens of one, about.
+TOKENS = 40
 
 
-def docstrings() -> list[tuple[str, str]]:
+def docstrings(count: int) -> list[tuple[str, str]]:
   """(qualified name, docstring) of functions of the standard library."""
   found = []
   for file in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -64,11 +69,12 @@ def docstrings() -> list[tuple[str, str]]:
   # A name may have several; one answer is enough for a question.
   found = sorted(dict(found).items())
   random.Random(0).shuffle(found)
-  return found[:EXAMPLES]
+  return found[:count]
 
 
-def write_data(folder: pathlib.Path) -> None:
-  found = docstrings()
+def write_data(folder: pathlib.Path, tokens: int) -> None:
+  """Files of each kind of rows, of about so many tokens."""
+  found = docstrings(tokens // TOKENS + 10)
   questions = [f"What does Python's {name} do?" for name, _ in found]
   answers = [told for _, told in found]
   rows = {
@@ -132,19 +138,21 @@ class Side:
   memory: dict[str, int]
   step: int = 0
   rates: list[float] = dataclasses.field(default_factory=list)
+  cpu_rates: list[float] = dataclasses.field(default_factory=list)
 
   def once(self) -> None:
-    """One update; its rate is noted, in tokens a second."""
+    """One update; its rates are noted, in tokens a second (of CPU time)."""
     batch = self.run.batches.get(self.step)
     tokens = int(np.count_nonzero(batch["segments"]))
     batch = self.run.put(self.step, batch)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     with jax.set_mesh(self.run.devices):
       self.state, _ = self.program(
         self.state, batch, np.float32(1e-6), self.run.goal.frozen
       )
     jax.block_until_ready(self.state)
     self.rates.append(tokens / (time.perf_counter() - began))
+    self.cpu_rates.append(tokens / (time.process_time() - worked))
     self.step += 1
 
 
@@ -179,7 +187,7 @@ def measure(plan: Plan) -> dict[str, dict]:
   sides = {}
   with tempfile.TemporaryDirectory(prefix="llama_jax_benchmark.") as folder:
     folder = pathlib.Path(folder)
-    write_data(folder)
+    write_data(folder, (plan.rounds + 2) * plan.rows * plan.length)
     for name in RUNS:
       sides[name] = side = make_side(name, plan, folder)
       parts = ", ".join(f"{n} {b / 1e6:,.1f}" for n, b in side.memory.items())
@@ -189,19 +197,29 @@ def measure(plan: Plan) -> dict[str, dict]:
         side.once()
         if not turn:
           side.rates.clear()
-  found = {}
-  for name, side in sides.items():
-    found[name] = {"memory_bytes": side.memory}
-    if side.rates:
-      pairs = zip(side.rates, sides["pretraining"].rates, strict=True)
-      ratio = statistics.median(a / b for a, b in pairs)
-      found[name] |= {"tokens_per_second": side.rates, "of_pretraining": ratio}
-      print(
-        f"rate        {name:12} {statistics.median(side.rates):,.1f} tokens/s,"
-        f" {ratio:.3f} of pretraining's",
-        flush=True,
+          side.cpu_rates.clear()
+  found = {name: {"memory_bytes": s.memory} for name, s in sides.items()}
+  for name, side in sides.items() if plan.rounds else ():
+    plain = sides["pretraining"]
+    told = {
+      "tokens_per_second": side.rates,
+      "of_pretraining": _ratio(side.rates, plain.rates),
+    }
+    shown = f"{told['of_pretraining']:.3f} of pretraining's"
+    if jax.default_backend() == "cpu":
+      told["tokens_per_cpu_second"] = side.cpu_rates
+      told["of_pretraining_by_cpu_time"] = _ratio(
+        side.cpu_rates, plain.cpu_rates
       )
+      shown += f", {told['of_pretraining_by_cpu_time']:.3f} by CPU time"
+    found[name] |= told
+    rate = statistics.median(side.rates)
+    print(f"rate        {name:12} {rate:,.1f} tokens/s, {shown}", flush=True)
   return found
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+  return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def main(argv) -> None:
