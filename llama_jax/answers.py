@@ -74,7 +74,11 @@ class Output:
 
   @property
   def whole(self) -> bool:
-    """Whether the file is there already."""
+    """Whether the file is there already; UserError where it is a folder."""
+    if self._target.is_dir():
+      raise errors.UserError(
+        f"--out={self._target} is a folder; name a file to write."
+      )
     return self._target.exists()
 
   def check(self) -> None:
@@ -144,16 +148,24 @@ class Output:
       if self.done() < self._rows:
         return False
       part = self._parts / "joined"
-      with open(part, "w", encoding="utf-8") as joined:
+      with open(part, "wb") as joined:
         for path, rows in self._files():
           found = _parse(path, path.read_bytes(), rows)
           for row in rows:
-            joined.write(json.dumps(found[row], ensure_ascii=False) + "\n")
+            joined.write(_line(found[row]))
       atomic.flush(part)
       part.replace(self._target)
       atomic.flush(self._target.parent)
       shutil.rmtree(self._parts)
     return True
+
+
+def _line(content: Any) -> bytes:
+  """JSON for people; half a surrogate pair, which is no text, is escaped."""
+  try:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+  except UnicodeEncodeError:
+    return json.dumps(content).encode() + b"\n"
 
 
 class Block:
@@ -194,8 +206,7 @@ class Block:
 
   def add(self, row: int, content: dict[str, Any]) -> None:
     """A row's answers; the last one closes the block."""
-    line = json.dumps([row, content], ensure_ascii=False) + "\n"
-    left = memoryview(line.encode())
+    left = memoryview(_line([row, content]))
     with _disk(self._path):
       while left:
         left = left[self._file.write(left) :]

@@ -62,6 +62,11 @@ class Settings:
     )
 
 
+# Whether an answer goes on from a prompt, so that a space before it is its own
+# -> what it must be.
+Bound = dict[bool, request_lib.Constraint | None]
+
+
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a file of prompts.
 
@@ -69,7 +74,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   rows = []
   try:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
       for number, line in enumerate(file, 1):
         if line.strip():
           rows.append(_row(path, number, line))
@@ -83,8 +88,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 def _row(path, number, line):
   where = f"--prompts={path}, line {number}"
   try:
-    row = json.loads(line)
-  except ValueError as error:
+    row = json.loads(line, parse_constant=_refuse)
+  except (ValueError, RecursionError) as error:
     raise errors.BadFileError(f"{where} is not JSON: {error}.") from error
   if not isinstance(row, dict):
     raise errors.BadFileError(f"{where} is not a JSON object.")
@@ -95,6 +100,10 @@ def _row(path, number, line):
   if not isinstance(row.get("prompt", ""), str):
     raise errors.BadFileError(f"{where}: `prompt` must be a text.")
   return row
+
+
+def _refuse(constant: str):
+  raise ValueError(f"{constant} is no number of JSON's")
 
 
 def identity(rows, settings: Settings, **rest) -> dict[str, Any]:
@@ -115,7 +124,7 @@ def answer(
   rows: list[dict[str, Any]],
   output: answers_lib.Output,
   settings: Settings,
-  bound: request_lib.Constraint | None,
+  bound: Bound,
   ahead: int,
 ) -> Iterator[tuple[int, int]]:
   """Answers what is left of the rows; yields (rows, tokens) as they are done.
@@ -163,16 +172,20 @@ def answer(
         yield 1, sum(len(one.tokens) for one in answers)
 
 
-def bind(llama, settings: Settings) -> request_lib.Constraint | None:
+def bind(llama, rows: list[dict[str, Any]], settings: Settings) -> Bound:
   """What every answer must be; raises UserError for what cannot be kept."""
   if not settings.json_schema and not settings.regex:
-    return None
-  return constraint.compile(
-    llama.need_tokenizer(),
-    json_schema=settings.json_schema or None,
-    regex=settings.regex or None,
-    vocab_size=llama.config.vocab_size,
-  )
+    return {True: None, False: None}
+  return {
+    continues: constraint.compile(
+      llama.need_tokenizer(),
+      json_schema=settings.json_schema or None,
+      regex=settings.regex or None,
+      continues=continues,
+      vocab_size=llama.config.vocab_size,
+    )
+    for continues in {"prompt" in row for row in rows}
+  }
 
 
 def run(
@@ -187,7 +200,7 @@ def run(
 
   llama, draft: a llama.Llama each, on one mesh.
   """
-  bound = bind(llama, settings)
+  bound = bind(llama, rows, settings)
   engine = engine_lib.Engine(
     *llama.unrolled,
     config,
@@ -232,7 +245,9 @@ def _submit(llama, engine, row, index, settings, bound) -> int:
     else llama.encode_prompt(row["prompt"])
   )
   stop_ids = tuple(llama.need_tokenizer().stop_ids)
-  request = settings.request(ids, index, stop_ids=stop_ids, constraint=bound)
+  request = settings.request(
+    ids, index, stop_ids=stop_ids, constraint=bound[not chat]
+  )
   return engine.submit(request, settings.stop, continues=not chat)
 
 

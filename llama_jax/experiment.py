@@ -125,6 +125,8 @@ class CheckpointConfig:
     keep: the newest so many stay.
     keep_every: so does every step that it divides; 0 for none.
     pinned: and these steps.
+
+  What is to stay is saved, whether or not `every` divides it.
   """
 
   every: int
@@ -146,6 +148,11 @@ class CheckpointConfig:
         f"checkpoint.pinned={self.pinned!r} must be steps, such as"
         " (1000, 2000)."
       )
+
+  def due(self, step: int) -> bool:
+    """Whether to save after update number `step`."""
+    kept = self.keep_every and step % self.keep_every == 0
+    return bool(step % self.every == 0 or kept or step in self.pinned)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,12 @@ def answer_file(sampling_config) -> None:
     json_schema=_read(_JSON_SCHEMA.value),
     regex=_REGEX.value or "",
   )
+  if (
+    pathlib.Path(_OUT.value).resolve() == pathlib.Path(_PROMPTS.value).resolve()
+  ):
+    raise errors.UserError(
+      f"--out={_OUT.value} is the file of the prompts; name another."
+    )
   output = answers.Output(
     pathlib.Path(_OUT.value),
     len(rows),
@@ -157,6 +163,15 @@ def main(argv) -> None:
     )
   if (_PROMPTS.value is None) != (_OUT.value is None):
     raise errors.UserError("--prompts=FILE and --out=FILE belong together.")
+  for flag, mode, there in (
+    *((one, "--prompts", _PROMPTS.value is not None) for one in _OF_FILES),
+    (_SYSTEM, "--chat", _CHAT.value),
+    (_HOLE, "--infill", _INFILL.value is not None),
+  ):
+    if flag.present and not there:
+      raise errors.UserError(
+        f"--{flag.name}={flag.value} does nothing without {mode}; leave it out."
+      )
   from llama_jax.decoding import sampling
   from llama_jax.text import stream
 
@@ -252,6 +267,18 @@ if __name__ == "__main__":
   )
   _QUANTIZE = flags.DEFINE_enum(
     "quantize", "", ["", "int8", "int4"], "Weights in so many bits."
+  )
+  # What only a file of prompts has.
+  _OF_FILES = (
+    _N,
+    _LOGPROBS,
+    _MIN_NEW_TOKENS,
+    _CACHE_TOKENS,
+    _GUESSES,
+    _DRAFT,
+    _MAX_BATCH,
+    _JSON_SCHEMA,
+    _REGEX,
   )
   _PARALLEL = shell.define_parallel()
   shell.run(main)

@@ -10,6 +10,8 @@ import functools
 import hashlib
 import json
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import checkpoint, errors, evals, experiment
-from llama_jax.checkpoint import atomic
+from llama_jax.checkpoint import atomic, proof, steps
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import packing
 from llama_jax.decoding import placement
@@ -63,6 +65,11 @@ def check(asked: experiment.Experiment) -> None:
       f"evaluation.tasks={','.join(asked.evaluation.tasks)} are for language"
       " models, and this trains a reward model; leave it empty."
     )
+  if isinstance(objective, dpo.DPO) and asked.model.vocab_size:
+    raise errors.ConfigError(
+      f"model.vocab_size={asked.model.vocab_size} adds words that DPO's"
+      " reference, config.init, does not have; leave it 0."
+    )
   plain = isinstance(objective, next_token.NextToken)
   if asked.training.z_loss and not plain:
     raise errors.ConfigError(
@@ -100,6 +107,60 @@ def check(asked: experiment.Experiment) -> None:
     )
 
 
+def check_second(
+  asked: experiment.Experiment,
+  folder: pathlib.Path,
+  config,
+  tokenizer,
+  row_length: int,
+) -> None:
+  """Refuses a second model that is not the run's, or does not fit its own.
+
+  Args:
+    asked: the experiment.
+    folder: the run's; what it went on from so far is in its config.json.
+    config, tokenizer: of the model that is trained.
+    row_length: tokens that both models read at once.
+  """
+  objective = asked.objective
+  live = getattr(objective, "reference", "") and not asked.lora
+  if live and steps.list_steps(folder / "checkpoints"):
+    was = experiment.read_described(folder).init
+    if was != asked.init:
+      raise errors.ConfigError(
+        f"--config.init={asked.init} is the reference of this objective, and"
+        f" the run in {folder} has {was}; leave it as it was, or begin anew in"
+        " another --workdir."
+      )
+  if not isinstance(objective, distill.Distill):
+    return
+  given = f"{_TEACHER_KNOB}={objective.teacher}"
+  there = checkpoint.read_config(objective.teacher, _TEACHER_KNOB)
+  if there.head != "words":
+    raise errors.ConfigError(
+      f"{given} is a reward model, which says no words; give a language model."
+    )
+  theirs = checkpoint.read_tokenizer(objective.teacher, _TEACHER_KNOB)
+  alike = theirs is None or proof.same_vocabulary(theirs, tokenizer)
+  if not alike or there.vocab_size != config.vocab_size:
+    raise errors.ConfigError(
+      f"{given} has another vocabulary ({there.vocab_size:,} words) than the"
+      f" student ({config.vocab_size:,}), so what it says of a word means"
+      " another; give a teacher with the student's tokenizer."
+    )
+  if row_length > there.context_length:
+    raise errors.ConfigError(
+      f"{given} has a context of {there.context_length:,} tokens, but a row has"
+      f" {row_length:,}; use --config.data.sequence_length="
+      f"{there.context_length} or less."
+    )
+  if objective.top_k > there.vocab_size:
+    raise errors.ConfigError(
+      f"objective.top_k={objective.top_k} is more than the {there.vocab_size:,}"
+      " words that the teacher has; use less."
+    )
+
+
 def formatting(asked: experiment.Experiment) -> bool:
   """Whether the tokens around an answer are trained with it."""
   return not getattr(asked.objective, "mask_formatting", False)
@@ -110,14 +171,31 @@ def head(asked: experiment.Experiment) -> str:
   return "scalar" if isinstance(asked.objective, reward.Reward) else "words"
 
 
-def in_epochs(asked: experiment.Experiment, rows: int) -> experiment.Experiment:
+def in_epochs(
+  asked: experiment.Experiment, sizes: Mapping[str, int]
+) -> experiment.Experiment:
   """The same with training.steps, where training.epochs was given.
 
-  rows: to train on.
+  In a mixture an epoch ends when the first source is used up: no row is seen
+  more often than there are epochs.
+
+  sizes: rows to train on, by source.
   """
   training = asked.training
   if not training.epochs:
     return asked
+  rows = sum(sizes.values())
+  ((_, weights), *_) = asked.data.mixtures()
+  if total := sum(weights.values()):
+    rows = (
+      min(
+        sizes[name] * total / weight
+        for name, weight in weights.items()
+        if weight and name in sizes
+      )
+      if set(weights) & set(sizes)
+      else rows
+    )
   steps = max(1, round(training.epochs * rows / training.batch_size))
   return dataclasses.replace(
     asked, training=dataclasses.replace(training, epochs=0.0, steps=steps)
@@ -224,7 +302,9 @@ class Goal:
     config = checkpoint.read_config(reference, knob)
     placed = placement.shardings(config, self._devices)
     params = checkpoint.load(reference, knob, placed).params
-    dtype = jnp.dtype(self._decoder.dtype)
+    dtype = self._decoder.dtype
+    # float8 is how products are formed, not how weights are kept.
+    dtype = jnp.dtype("bfloat16" if dtype == "float8" else dtype)
     cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
     return jax.jit(cast, out_shardings=placed, donate_argnums=0)(params)
 
@@ -370,7 +450,14 @@ def _kept(file: pathlib.Path, digest: str, rows: int):
       if str(kept["of"]) != digest:
         return None
       found = {name: kept[name] for name in kept.files if name != "of"}
-  except (OSError, ValueError, KeyError, EOFError) as error:
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
     raise errors.BadFileError(
       f"{file}: not what a run keeps there ({error}); remove it, and it is"
       " computed again."

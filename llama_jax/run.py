@@ -194,6 +194,7 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   if prepared is not None:
     ramp = experiment.make_ramp(asked, prepared.row_length)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
+    learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
     _check_infilling(asked.data, prepared)
     rows, heldout = prepared.sources, prepared.heldout
     contents = {
@@ -203,12 +204,14 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   else:
     ramp = experiment.make_ramp(asked, None)
     experiment.check(asked, config, tokenizer, ramp, devices.size)
+    learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
     rows, heldout = _pack(asked, tokenizer, ramp.row_length)
     contents = {
       name: _digest(row["tokens"].tobytes() for row in packed)
       for name, packed in rows.items()
     }
-    asked = learning.in_epochs(asked, sum(map(len, rows.values())))
+    sizes = {name: len(packed) for name, packed in rows.items()}
+    asked = learning.in_epochs(asked, sizes)
   batches = batches_lib.Batches(rows, asked.data, ramp)
   if asked.evaluation.every and not heldout and not asked.evaluation.tasks:
     print(

@@ -162,7 +162,7 @@ def _loop(
       checkpoints.check()
       if held is not None:
         held.check()
-      due = (step + 1) % asked.checkpoint.every == 0
+      due = asked.checkpoint.due(step + 1)
       if stopping or failing or due or step + 1 == training.steps:
         metrics.flush()
         with metrics.aside():

@@ -234,6 +234,8 @@ def test_refused_settings(given, said):
     ("{}", "either `prompt` or `messages`"),
     ('{"prompt": "a", "messages": []}', "either `prompt` or `messages`"),
     ('{"prompt": 3}', "`prompt` must be a text"),
+    ('{"prompt": "a", "x": NaN}', "NaN is no number of JSON's"),
+    ('{"prompt": ' + "[" * 100_000, "is not JSON"),
   ],
 )
 def test_a_bad_line_is_named(tmp_path, line, said):
@@ -242,6 +244,21 @@ def test_a_bad_line_is_named(tmp_path, line, said):
   with pytest.raises(errors.BadFileError, match=said) as caught:
     batch.read(file)
   assert f"{file}, line 2" in str(caught.value)
+
+
+def test_half_a_surrogate_is_kept_as_it_came(llama, tmp_path):
+  """In a field; in a prompt it is an error of that row alone."""
+  source = tmp_path / "in.jsonl"
+  rows = [{"prompt": "a", "x": "\ud800é"}, {"prompt": "b\udfff"}]
+  source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  kept, refused = run(llama, source, tmp_path / "out.jsonl")
+  assert kept["x"] == "\ud800é" and len(kept["completions"]) == 2
+  assert refused["prompt"] == "b\udfff" and refused["error"]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+  with pytest.raises(errors.UserError, match="is a folder"):
+    answers.Output(tmp_path, 1, {}).whole  # noqa: B018
 
 
 def test_no_rows_and_no_file(tmp_path):

@@ -235,3 +235,43 @@ def test_recipes_are_whole(recipe):
     # The docstring says where it is from and what to expect.
     for word in ("Source: arXiv:", "Expected:", f"{recipe.stem}.py"):
       assert word in source
+
+
+def test_an_epoch_of_a_mixture_ends_with_the_first_source():
+  """No row is seen more often than there are epochs."""
+  config = shell.load_config(
+    f"{ROOT / 'configs/finetune/llama2_reward.py'}:safety:data"
+  )
+  config.init = "hf:x"
+  asked = experiment.read(config)
+  sizes = {"safety": 6_000, "helpfulness": 100_000}
+  assert set(asked.data.texts) == set(sizes)
+  weights = dict(asked.data.mixtures()[0][1])
+  assert weights["safety"] == pytest.approx(9 * weights["helpfulness"])
+  one = learning.in_epochs(asked, sizes).training
+  # 6,000 rows are nine tenths of what is read.
+  batch = asked.training.batch_size
+  assert one.steps == round(asked.training.epochs * 6_000 / 0.9 / batch)
+
+
+def test_a_run_keeps_its_reference_and_a_student_its_words(
+  runs, run_verbs, nano, data, tmp_path
+):
+  folder = runs["llama3_dpo"][3]
+  before = (folder / "metrics.jsonl").read_bytes()
+  other = f"orbax:{runs['llama2_sft'][3]}"
+  distilled = command("llama32_distill", nano, data, tmp_path / "d")
+  told = run_verbs(
+    command("llama3_dpo", nano, data, folder, init=other),
+    [
+      *distilled,
+      f"--config.objective.teacher=orbax:{runs['llama2_reward'][3]}",
+    ],
+    [*distilled, f"--config.objective.teacher=hf:{nano}"]
+    + ["--config.data.sequence_length=1024"],
+  )
+  words = ("is the reference", "is a reward model", "a context of 512 tokens")
+  for (code, _, err), said in zip(told, words, strict=True):
+    assert code == 2 and said in err and err.count("\n") == 1, err
+  assert (folder / "metrics.jsonl").read_bytes() == before
+  assert not (tmp_path / "d").exists()

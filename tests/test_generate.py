@@ -161,6 +161,33 @@ def test_the_verb_fills_and_refuses(run_verbs, model, nano, tmp_path):
     assert words in err and err.count("\n") == 1, err
 
 
+def test_flags_of_another_mode_are_refused(run_verbs, nano, tmp_path):
+  """Before the weights are read: they would do nothing."""
+  prompts = tmp_path / "in.jsonl"
+  prompts.write_text('{"prompt": "x"}\n')
+  speak = ["llama_jax.generate", f"--ckpt=hf:{nano}", "--prompt=x"]
+  answer = ["llama_jax.generate", f"--ckpt=hf:{nano}", f"--prompts={prompts}"]
+  for (code, out, err), words in zip(
+    run_verbs(
+      [*speak, "--regex=[0-9]+"],
+      [*speak, "--n=4"],
+      [*speak, "--system=Be short."],
+      [*answer, f"--out={tmp_path / 'out.jsonl'}", "--hole=X"],
+      [*answer, f"--out={prompts}"],
+    ),
+    (
+      "--regex=[0-9]+ does nothing without --prompts",
+      "--n=4 does nothing without --prompts",
+      "--system=Be short. does nothing without --chat",
+      "--hole=X does nothing without --infill",
+      "is the file of the prompts",
+    ),
+    strict=True,
+  ):
+    assert code == 2 and not out and words in err and err.count("\n") == 1
+  assert prompts.read_text() == '{"prompt": "x"}\n'
+
+
 def test_a_mesh_that_cannot_be_is_refused(run_verbs, nano, tmp_path):
   """By the knob as it is typed, before the weights are read."""
   text = tmp_path / "text.txt"

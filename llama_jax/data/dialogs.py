@@ -73,6 +73,7 @@ class Preference:
 
 def conversation(row: Mapping[str, Any]) -> Conversation:
   """The conversation in a row; raises Unusable."""
+  row = _given(row)
   if "messages" in row:
     messages = _messages(row["messages"], "messages")
   elif "conversations" in row:
@@ -104,6 +105,7 @@ def conversation(row: Mapping[str, Any]) -> Conversation:
 
 def preference(row: Mapping[str, Any]) -> Preference:
   """The answers to compare in a row; raises Unusable."""
+  row = _given(row)
   names = [name for name in ("edited", "chosen", "rejected") if name in row]
   if not {"chosen", "rejected"} <= set(names):
     raise Unusable(_unknown(row, "a preference"))
@@ -123,6 +125,9 @@ def preference(row: Mapping[str, Any]) -> Preference:
       raise Unusable(f'the answer of "{name}" is no text')
     prompts.append(rest)
     answers.append(last["content"])
+  if names[0] == "edited" and answers[0].strip() == answers[1].strip():
+    # Nothing was edited: the pair of the others stands.
+    names, prompts, answers = names[1:], prompts[1:], answers[1:]
   prompt = before if before is not None else prompts[0]
   for name, rest in zip(names, prompts, strict=True):
     # Both forms are about: the answer alone, or the prompt once more.
@@ -139,6 +144,19 @@ def preference(row: Mapping[str, Any]) -> Preference:
   return Preference(
     prompt, tuple(answers), _rating(row), tuple(_safe(row, n) for n in names)
   )
+
+
+def is_conversation(row: Mapping[str, Any]) -> bool:
+  """Whether a row has the keys of one of a conversation's forms."""
+  row = _given(row)
+  return any(
+    key in row for key in ("messages", "conversations", "instruction")
+  ) or any(asked in row and answered in row for asked, answered in _PAIRS)
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys with a value: a table has every column in every row."""
+  return {key: value for key, value in row.items() if value is not None}
 
 
 def _rating(row) -> int:
@@ -208,10 +226,22 @@ def _messages(given: Any, name: str) -> list[Message]:
       for key, value in message.items()
       if key not in ("role", "content", "from", "value")
     }
+    if isinstance(content, list):
+      content = _joined(content, name)
     if role == "function_call":
       role, content, rest = "assistant", "", {"tool_calls": _call(content)}
     found.append({"role": _ROLES.get(role, role), "content": content, **rest})
   return found
+
+
+def _joined(parts: Sequence[Any], name: str) -> str:
+  """The text of OpenAI's content parts, which few templates know."""
+  for part in parts:
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+      raise Unusable(f'a message of "{name}" has a part that is no text')
+    if not isinstance(part.get("text"), str):
+      raise Unusable(f'a message of "{name}" has a part that is no text')
+  return "".join(part["text"] for part in parts)
 
 
 def _call(content: Any) -> list[dict[str, Any]]:

@@ -307,7 +307,8 @@ class Conversations(_Kind):
     self._texts = documents.Encoder(tokenizer, row_length)
 
   def example(self, row: Mapping[str, Any]) -> Example:
-    if set(row) >= {"text"} and isinstance(row["text"], str):
+    # A conversation may carry its rendered text along, as Alpaca's rows do.
+    if isinstance(row.get("text"), str) and not dialogs.is_conversation(row):
       if not row["text"]:
         raise dialogs.Unusable("a text is empty")
       return Example(self._texts.document(row["text"], 0), row["text"])

@@ -94,7 +94,8 @@ def make(config: DPO, token_nll: Callable) -> Callable:
   Takes a batch's pairs [B, P, 2] and last [B, S] (see data/examples.py), and
   the reference's log-probabilities of the segments as batch["reference"]
   [B, S], or its params as frozen["reference"]. Its sums, means over pairs:
-  accuracy, margin (m / beta), reward/better and reward/other (beta times the
+  accuracy, raw_accuracy (of the model's own log-probabilities, without the
+  reference), margin (m / beta), reward/better and reward/other (beta times the
   gain over the reference), logprob/better and logprob/other, and nll, the
   better answer's a token.
   """
@@ -130,6 +131,7 @@ def make(config: DPO, token_nll: Callable) -> Callable:
     said = pairs_lib.split(own_BS, pairs_BP2)
     told = {
       "accuracy": pairs_lib.right(margin_BP),
+      "raw_accuracy": pairs_lib.right(said[0] - said[1]),
       "margin": margin_BP,
       "reward/better": config.beta * better_BP,
       "reward/other": config.beta * other_BP,

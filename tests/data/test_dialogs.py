@@ -24,6 +24,17 @@ SYSTEM = {"role": "system", "content": "Be short."}
     {"instruction": "2 + 2?", "input": "", "output": "4"},
     {"prompt": "2 + 2?", "completion": "4", "source": "x"},
     {"question": "2 + 2?", "answer": "4"},
+    # As a table has it, where another row is of the other form.
+    {"messages": None, "instruction": "2 + 2?", "input": None, "output": "4"},
+    {
+      "messages": [
+        {
+          "role": "user",
+          "content": [{"type": "text", "text": "2 + "}, {"text": "2?"}],
+        },
+        {"role": "assistant", "content": "4"},
+      ]
+    },
   ],
   ids=lambda row: next(iter(row)),
 )
@@ -157,6 +168,19 @@ def test_conversations_that_cannot_be_used(row, reason):
 def test_preferences_that_cannot_be_used(change, reason):
   with pytest.raises(dialogs.Unusable, match=reason):
     dialogs.preference(PAIR | change)
+
+
+def test_what_was_not_edited_is_no_third_answer():
+  for edited in (None, PAIR["chosen"], PAIR["chosen"] + " "):
+    found = dialogs.preference(PAIR | {"edited": edited})
+    assert found == dialogs.preference(PAIR)
+
+
+def test_a_part_that_is_no_text_cannot_be_used():
+  parts = [{"type": "text", "text": "see"}, {"type": "image_url"}]
+  row = {"messages": [{"role": "user", "content": parts}, TURN[1]]}
+  with pytest.raises(dialogs.Unusable, match="a part that is no text"):
+    dialogs.conversation(row)
 
 
 def test_a_row_without_answers_is_no_preference():

@@ -113,6 +113,24 @@ def test_rehearsed_text_is_trained_whole(tokenizer, tmp_path):
   assert mask.sum() == (row["segments"] > 0).sum() - 1
 
 
+def test_a_conversation_with_its_rendered_text_is_a_conversation(
+  tokenizer, tmp_path
+):
+  row = {"instruction": "is it?", "output": "yes it is"}
+  found = [
+    examples.read(
+      data_config(write(tmp_path / name, [one]), batches.CONVERSATIONS),
+      tokenizer,
+      60,
+    ).rows["text"][0]["tokens"]
+    for name, one in (
+      ("a.jsonl", row),
+      ("b.jsonl", row | {"text": "### is it?\n### yes it is"}),
+    )
+  ]
+  np.testing.assert_array_equal(*found)
+
+
 def test_sources_by_name_and_arrays_of_json(tokenizer, tmp_path):
   (tmp_path / "a.json").write_text(
     json.dumps([conversation(n) for n in range(3)])
