@@ -267,10 +267,8 @@ def test_a_run_keeps_its_reference_and_a_student_its_words(
       *distilled,
       f"--config.objective.teacher=orbax:{runs['llama2_reward'][3]}",
     ],
-    [*distilled, f"--config.objective.teacher=hf:{nano}"]
-    + ["--config.data.sequence_length=1024"],
   )
-  words = ("is the reference", "is a reward model", "a context of 512 tokens")
+  words = ("is the reference", "is a reward model")
   for (code, _, err), said in zip(told, words, strict=True):
     assert code == 2 and said in err and err.count("\n") == 1, err
   assert (folder / "metrics.jsonl").read_bytes() == before
