@@ -25,7 +25,8 @@ class Settings:
 
   Attributes:
     samples: answers a row.
-    sampling: how tokens are chosen; row i of the file has seed + i.
+    sampling: how tokens are chosen; row i of the file has a seed made of
+      this one and i.
     max_new_tokens, min_new_tokens, logprobs: as decoding.request.Request.
     stop: texts that end an answer.
     json_schema, regex: what an answer must be, if not empty; one of the two.
@@ -50,7 +51,11 @@ class Settings:
     self, prompt: Sequence[int], row: int, **rest: Any
   ) -> request_lib.Request:
     """What is asked for a row; rest: stop_ids and constraint."""
-    seed = self.sampling.seed + row
+    # Not seed + row: files drawn with seeds side by side would share draws.
+    drawn = hashlib.blake2b(
+      f"{self.sampling.seed} {row}".encode(), digest_size=4
+    ).digest()
+    seed = int.from_bytes(drawn, "little") >> 1
     return request_lib.Request(
       prompt,
       self.max_new_tokens,
@@ -126,6 +131,7 @@ def answer(
   settings: Settings,
   bound: Bound,
   ahead: int,
+  failed: list[str],
 ) -> Iterator[tuple[int, int]]:
   """Answers what is left of the rows; yields (rows, tokens) as they are done.
 
@@ -136,6 +142,7 @@ def answer(
     engine: of the same.
     bound: what an answer must be; see bind.
     ahead: rows to have in the engine at once.
+    failed: takes the errors of such rows.
   """
   blocks = output.blocks()
   todo: collections.deque[tuple[answers_lib.Block, int]] = collections.deque()
@@ -155,6 +162,7 @@ def answer(
       except errors.UserError as error:
         content = rows[row] | {"completions": [], "error": str(error)}
         block.add(row, content)
+        failed.append(content["error"])
         yield 1, 0
         continue
       asked[number] = (block, row, [None] * settings.samples)
@@ -212,6 +220,7 @@ def run(
   # Not before all that can be refused is.
   output.begin()
   tokens = mine = 0
+  failed: list[str] = []
   began = time.monotonic()
   bar = tqdm.tqdm(
     total=len(rows),
@@ -222,19 +231,22 @@ def run(
   )
   with bar:
     for more, new in answer(
-      llama, texts, rows, output, settings, bound, 2 * config.max_batch
+      llama, texts, rows, output, settings, bound, 2 * config.max_batch, failed
     ):
       mine += more
       tokens += new
       rate = tokens / max(time.monotonic() - began, 1e-9)
       bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
       bar.update(more)
+  told = ""
+  if failed:
+    told = f" {len(failed)} of them have an `error`; the first: {failed[0]}"
   if not output.join():
     return (
       f"{mine} rows done; the others are with other processes, of which the"
-      " last makes the file."
+      f" last makes the file.{told}"
     )
-  return f"{mine} rows done here, {len(rows)} in all."
+  return f"{mine} rows done here, {len(rows)} in all.{told}"
 
 
 def _submit(llama, engine, row, index, settings, bound) -> int:

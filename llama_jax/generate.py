@@ -229,7 +229,9 @@ if __name__ == "__main__":
     "logprobs", None, "Of each token, and of so many of the likeliest."
   )
   _MIN_NEW_TOKENS = flags.DEFINE_integer(
-    "min_new_tokens", 0, "Before so many an answer does not stop."
+    "min_new_tokens",
+    0,
+    "Before so many no stop token is drawn; --stop ends it all the same.",
   )
   _CACHE_TOKENS = flags.DEFINE_integer(
     "cache_tokens", 16384, "Tokens whose keys and values there is room for."

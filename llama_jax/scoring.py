@@ -40,34 +40,46 @@ def score(llama, source: pathlib.Path, out: pathlib.Path) -> str:
   kind = examples.Conversations(
     llama.need_tokenizer(), llama.config.context_length, True
   )
-  rows, texts = [], []
+  rows, texts, left = [], [], []
   for number, row in enumerate(records.Records(source, field=None), 1):
     where = f"--score={source}, row {number}"
     if isinstance(row, records.Bad):
       raise errors.BadFileError(f"{where}: {row.problem}.")
     try:
-      texts += [(row, at, kind.answered(one)[0]) for at, one in _talks(row)]
+      for at, one in _talks(row):
+        if isinstance(one, dialogs.Unusable):
+          row["completions"][at]["reward"] = None
+          left.append(f"{where}: {one}")
+        else:
+          texts.append((row, at, kind.answered(one)[0]))
     except (dialogs.Unusable, errors.UserError) as error:
       raise errors.BadFileError(f"{where}: {str(error).rstrip('.')}.") from (
         error
       )
     rows.append(row)
-  if not rows:
-    raise errors.BadFileError(f"--score={source} has no rows.")
+  if not texts:
+    why = left[0] if left else "no row has an answer"
+    raise errors.BadFileError(f"--score={source} has nothing to score ({why}).")
   rewards = _rewards(llama, [ids for _, _, ids in texts])
   for (row, at, _), reward in zip(texts, rewards, strict=True):
     target = row if at is None else row["completions"][at]
     target["reward"] = float(reward)
   lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
   atomic.write_text(out, "".join(lines))
+  told = f"; {len(left)} without a reward, the first {left[0]}" if left else ""
   return (
-    f"{len(texts):,} answers scored, {np.mean(rewards):+.3f} in the mean;"
+    f"{len(texts):,} answers scored, {np.mean(rewards):+.3f} in the mean{told};"
     f" written to {out}"
   )
 
 
-def _talks(row) -> Iterator[tuple[int | None, dialogs.Conversation]]:
-  """Conversations of a row, and of which completion each is, if of one."""
+def _talks(
+  row,
+) -> Iterator[tuple[int | None, dialogs.Conversation | dialogs.Unusable]]:
+  """Conversations of a row, and of which completion each is, if of one.
+
+  A model may say nothing: such a completion comes as what is wrong with it.
+  """
   completions = row.get("completions")
   if completions is None:
     yield None, dialogs.conversation(row)
@@ -82,7 +94,10 @@ def _talks(row) -> Iterator[tuple[int | None, dialogs.Conversation]]:
     if not isinstance(text, str):
       raise dialogs.Unusable(f"completions[{at}] has no text")
     answer = {"role": "assistant", "content": text}
-    yield at, dialogs.conversation({"messages": [*asked, answer]})
+    try:
+      yield at, dialogs.conversation({"messages": [*asked, answer]})
+    except dialogs.Unusable as error:
+      yield at, error
 
 
 def _rewards(llama, texts: Sequence[Sequence[int]]) -> np.ndarray:

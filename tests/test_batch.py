@@ -43,6 +43,17 @@ def prompts(python_source, tmp_path_factory):
   return file
 
 
+def test_seeds_side_by_side_share_no_draw():
+  drawn = [
+    settings(sampling=sampling.SamplingConfig(temperature=1.0, seed=seed))
+    .request([0], row=row)
+    .sampling.seed
+    for seed in range(4)
+    for row in range(100)
+  ]
+  assert len(set(drawn)) == 400
+
+
 def settings(**rest):
   return batch.Settings(
     **{

@@ -173,6 +173,9 @@ def test_scoring_a_file(runs, run_verbs, data, tmp_path):
     }
     for one in pairs
   ]
+  # A model may say nothing, and a row may have no answer.
+  rows += [{"prompt": "x", "completions": [{"text": ""}]}]
+  rows += [{"prompt": "x", "completions": []}]
   source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
   source.write_text("".join(json.dumps(row) + "\n" for row in rows))
   command = [
@@ -187,9 +190,14 @@ def test_scoring_a_file(runs, run_verbs, data, tmp_path):
   alone = [row["reward"] for row in found[:8]]
   assert all(a > b for a, b in zip(alone[::2], alone[1::2], strict=True))
   # Neither what shares a batch nor the form of a row changes a score.
-  together = [c["reward"] for row in found[8:] for c in row["completions"]]
+  together = [c["reward"] for row in found[8:12] for c in row["completions"]]
   np.testing.assert_allclose(together, alone, atol=1e-5)
   assert [row["kind"] for row in found[:2]] == ["chosen", "rejected"]
+  assert found[12]["completions"] == [{"text": "", "reward": None}]
+  assert "1 without a reward" in done[1] and "row 13" in done[1]
+  source.write_text(json.dumps(rows[-1]) + "\n")
+  ((code, _, err),) = run_verbs([*command, f"--out={out}"])
+  assert code == 2 and "has nothing to score" in err and err.count("\n") == 1
 
 
 def test_what_does_not_go_together_is_refused(run_verbs, nano, data, tmp_path):

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 FORMATS = ("jsonl", "text", "parquet")
@@ -52,6 +52,35 @@ def format_of(path: pathlib.Path) -> str:
   return _SUFFIXES.get(suffixes[-1] if suffixes else "", "text")
 
 
+class _Source(io.RawIOBase):
+  """What is unpacked; it ends where that fails.
+
+  Otherwise a buffer over it would lose what it had before.
+
+  Attributes:
+    error: why it ended before its end, or None.
+  """
+
+  def __init__(self, read: Callable[[int], bytes]):
+    super().__init__()
+    self._read = read
+    self.error: Exception | None = None
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    if self.error is not None:
+      return 0
+    try:
+      content = self._read(len(buffer))
+    except _DAMAGE as error:
+      self.error = error
+      return 0
+    buffer[: len(content)] = content
+    return len(content)
+
+
 class Records:
   """The records of a file, each a text (or an object) or Bad, in order.
 
@@ -75,6 +104,7 @@ class Records:
     self._field = field
     self._limit = limit
     self._raw: io.BufferedReader | None = None
+    self._source: _Source | None = None
 
   @property
   def position(self) -> int:
@@ -96,17 +126,31 @@ class Records:
   def _unpacked(self) -> io.BufferedReader:
     suffix = self._path.suffix.lower()
     if suffix == ".gz":
-      return io.BufferedReader(gzip.GzipFile(fileobj=self._raw), _BUFFER)
-    if suffix == ".zst":
+      # read1: what one call of zlib gives, not the wait for more.
+      self._source = _Source(gzip.GzipFile(fileobj=self._raw).read1)
+    elif suffix == ".zst":
       import pyarrow
 
-      return io.BufferedReader(
-        pyarrow.CompressedInputStream(self._raw, "zstd"), _BUFFER
-      )
-    return self._raw
+      stream = pyarrow.CompressedInputStream(self._raw, "zstd")
+      self._source = _Source(stream.read)
+    else:
+      return self._raw
+    return io.BufferedReader(self._source, _BUFFER)
+
+  def _whole(self) -> bytes:
+    """All of the file, or a byte more than the limit."""
+    content = self._unpacked().read(self._limit + 1)
+    if len(content) <= self._limit:
+      self._check()
+    return content
+
+  def _check(self) -> None:
+    """Raises what ended the unpacking before the file's end."""
+    if self._source is not None and self._source.error is not None:
+      raise self._source.error
 
   def _text(self) -> Iterator[str | Bad]:
-    content = self._unpacked().read(self._limit + 1)
+    content = self._whole()
     if len(content) > self._limit:
       yield too_long("", self._limit)
       return
@@ -116,7 +160,7 @@ class Records:
       yield Bad("", f"byte {error.start} is not UTF-8 text", binary=True)
 
   def _array(self) -> Iterator[dict[str, Any] | Bad]:
-    content = self._unpacked().read(self._limit + 1)
+    content = self._whole()
     if len(content) > self._limit:
       yield too_long("", self._limit)
       return
@@ -138,6 +182,8 @@ class Records:
       file = self._unpacked()
       # By bytes: str.splitlines would also cut at U+2028 and its like.
       while line := file.readline(self._limit + 1):
+        if not line.endswith(b"\n") and len(line) <= self._limit:
+          self._check()  # Else it is the last line.
         number += 1
         if len(line) > self._limit and not line.endswith(b"\n"):
           while line and not line.endswith(b"\n"):
@@ -145,8 +191,10 @@ class Records:
           yield too_long(f"line {number}", self._limit)
         elif line.strip():
           yield self._row(line, number)
+      self._check()
     except _DAMAGE as error:
-      yield _unreadable(f"after line {number}", error)
+      place = f"after line {number}, byte {self.position} of the file"
+      yield _unreadable(place, error)
       return
     if not number:
       yield Bad("", "is empty")
@@ -206,7 +254,7 @@ def too_long(where: str, limit: int) -> Bad:
 
 
 def _unreadable(where: str, error: Exception) -> Bad:
-  return Bad(where, f"cannot be read ({error}); is it whole?")
+  return Bad(where, f"cannot be read, as if cut or damaged ({error})")
 
 
 def _checked(text: str, where: str) -> str | Bad:
