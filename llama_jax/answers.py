@@ -74,12 +74,24 @@ class Output:
 
   @property
   def whole(self) -> bool:
-    """Whether the file is there already; UserError where it is a folder."""
+    """Whether the file is there already.
+
+    Raises UserError where it is a folder, or cannot be of these prompts.
+    """
     if self._target.is_dir():
       raise errors.UserError(
         f"--out={self._target} is a folder; name a file to write."
       )
-    return self._target.exists()
+    if not self._target.exists():
+      return False
+    with open(self._target, "rb") as file:
+      found = sum(1 for _ in file)
+    if found != self._rows:
+      raise errors.UserError(
+        f"--out={self._target} is there with {found} rows, and these prompts"
+        f" are {self._rows}; name another --out, or remove that file."
+      )
+    return True
 
   def check(self) -> None:
     """Raises UserError where parts are there that were made otherwise."""

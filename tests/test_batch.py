@@ -267,6 +267,15 @@ def test_half_a_surrogate_is_kept_as_it_came(llama, tmp_path):
   assert refused["prompt"] == "b\udfff" and refused["error"]
 
 
+def test_a_file_of_other_prompts_is_not_taken_for_the_answers(tmp_path):
+  target = tmp_path / "out.jsonl"
+  assert not answers.Output(target, 2, {}).whole
+  target.write_text("{}\n{}\n")
+  assert answers.Output(target, 2, {}).whole
+  with pytest.raises(errors.UserError, match=r"with 2 rows, .* are 3"):
+    answers.Output(target, 3, {}).whole  # noqa: B018
+
+
 def test_a_folder_is_no_file_to_write(tmp_path):
   with pytest.raises(errors.UserError, match="is a folder"):
     answers.Output(tmp_path, 1, {}).whole  # noqa: B018

@@ -9,7 +9,8 @@ Source: arXiv:2407.21783 for the teachers, and Meta's model card of Llama 3.2
 published: the divergence (forward and cross-entropy half and half here), the
 temperature, weights, rate, batch and tokens (Llama 3 8B's here). One teacher at
 a time. init: what model/prune.py cut out of the teacher; without it, give
---config.model.size.
+--config.model.size=llama3.2-1b or llama3.2-3b. 1B's heads are half as wide as
+8B's, which pruning here cannot make: from 8B it can be had without init only.
 Expected: at the same tokens a lower held-out loss than the same student's
 trained plainly. smollm2 and plain: these two for half of SmolLM2-135M's layers,
 on two cores; level after 40 steps (docs/finetuning.md).
