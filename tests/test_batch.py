@@ -281,6 +281,12 @@ def test_a_folder_is_no_file_to_write(tmp_path):
     answers.Output(tmp_path, 1, {}).whole  # noqa: B018
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+  file = tmp_path / "in.jsonl"
+  file.write_text('\ufeff{"prompt": "a"}\n', encoding="utf-8")
+  assert batch.read(file) == [{"prompt": "a"}]
+
+
 def test_no_rows_and_no_file(tmp_path):
   file = tmp_path / "in.jsonl"
   for content in (None, "", "\n"):

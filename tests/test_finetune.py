@@ -7,7 +7,7 @@ import finetuning
 import numpy as np
 import pytest
 
-from llama_jax import experiment, learning, shell
+from llama_jax import errors, experiment, learning, shell
 from llama_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -281,3 +281,34 @@ def test_a_run_keeps_its_reference_and_a_student_its_words(
     assert code == 2 and said in err and err.count("\n") == 1, err
   assert (folder / "metrics.jsonl").read_bytes() == before
   assert not (tmp_path / "d").exists()
+
+
+def test_a_damaged_reference_is_one_line(tmp_path):
+  file = tmp_path / "reference.npz"
+  np.savez(file, of="x", reference=np.arange(4000.0))
+  assert len(learning._kept(file, "x", 4000)["reference"]) == 4000
+  whole = file.read_bytes()
+  flipped = bytearray(whole)
+  flipped[len(whole) // 2] ^= 1
+  for content in (whole[:500], bytes(flipped), b"nothing of the kind"):
+    file.write_bytes(content)
+    with pytest.raises(errors.BadFileError, match="remove it"):
+      learning._kept(file, "x", 4000)
+
+
+def test_what_is_to_stay_is_saved():
+  keep = experiment.CheckpointConfig(
+    every=5, keep=1, keep_every=4, pinned=(3, 11)
+  )
+  saved = [step for step in range(1, 13) if keep.due(step)]
+  assert saved == [3, 4, 5, 8, 10, 11, 12]
+
+
+def test_a_reference_has_no_words_of_its_own():
+  config = shell.load_config(f"{ROOT / 'configs/finetune/llama3_dpo.py'}")
+  config.init = "hf:x"
+  config.data.text = "pairs.jsonl"
+  learning.check(experiment.read(config))
+  config.model.vocab_size = 600
+  with pytest.raises(errors.ConfigError, match=r"model\.vocab_size=600"):
+    learning.check(experiment.read(config))
