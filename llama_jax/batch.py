@@ -68,8 +68,8 @@ class Settings:
 
 
 # Whether an answer goes on from a prompt, so that a space before it is its own
-# -> what it must be.
-Bound = dict[bool, request_lib.Constraint | None]
+# -> what it must be; empty where it may be anything.
+Bound = dict[bool, request_lib.Constraint]
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -183,7 +183,7 @@ def answer(
 def bind(llama, rows: list[dict[str, Any]], settings: Settings) -> Bound:
   """What every answer must be; raises UserError for what cannot be kept."""
   if not settings.json_schema and not settings.regex:
-    return {True: None, False: None}
+    return {}
   return {
     continues: constraint.compile(
       llama.need_tokenizer(),
@@ -258,7 +258,7 @@ def _submit(llama, engine, row, index, settings, bound) -> int:
   )
   stop_ids = tuple(llama.need_tokenizer().stop_ids)
   request = settings.request(
-    ids, index, stop_ids=stop_ids, constraint=bound[not chat]
+    ids, index, stop_ids=stop_ids, constraint=bound.get(not chat)
   )
   return engine.submit(request, settings.stop, continues=not chat)
 

@@ -123,8 +123,9 @@ def check_second(
     row_length: tokens that both models read at once.
   """
   objective = asked.objective
-  live = getattr(objective, "reference", "") and not asked.lora
-  if live and steps.list_steps(folder / "checkpoints"):
+  # Beside adapters the base is the reference, and the run's folder names it.
+  is_reference = getattr(objective, "reference", "") and not asked.lora
+  if is_reference and steps.list_steps(folder / "checkpoints"):
     was = experiment.read_described(folder).init
     if was != asked.init:
       raise errors.ConfigError(
@@ -184,18 +185,14 @@ def in_epochs(
   training = asked.training
   if not training.epochs:
     return asked
-  rows = sum(sizes.values())
-  ((_, weights), *_) = asked.data.mixtures()
-  if total := sum(weights.values()):
-    rows = (
-      min(
-        sizes[name] * total / weight
-        for name, weight in weights.items()
-        if weight and name in sizes
-      )
-      if set(weights) & set(sizes)
-      else rows
-    )
+  _, weights = asked.data.mixtures()[0]
+  total = sum(weights.values())
+  used_up = [
+    sizes[name] * total / weight
+    for name, weight in weights.items()
+    if weight and name in sizes
+  ]
+  rows = min(used_up, default=sum(sizes.values()))
   steps = max(1, round(training.epochs * rows / training.batch_size))
   return dataclasses.replace(
     asked, training=dataclasses.replace(training, epochs=0.0, steps=steps)

@@ -191,10 +191,10 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   # The data: which rows step n reads follows from n alone.
   learning.check(asked)
   base = _base(asked, folder)
+  ramp = experiment.make_ramp(asked, prepared and prepared.row_length)
+  experiment.check(asked, config, tokenizer, ramp, devices.size)
+  learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
   if prepared is not None:
-    ramp = experiment.make_ramp(asked, prepared.row_length)
-    experiment.check(asked, config, tokenizer, ramp, devices.size)
-    learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
     _check_infilling(asked.data, prepared)
     rows, heldout = prepared.sources, prepared.heldout
     contents = {
@@ -202,9 +202,6 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
       for name in rows
     }
   else:
-    ramp = experiment.make_ramp(asked, None)
-    experiment.check(asked, config, tokenizer, ramp, devices.size)
-    learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
     rows, heldout = _pack(asked, tokenizer, ramp.row_length)
     contents = {
       name: _digest(row["tokens"].tobytes() for row in packed)

@@ -74,22 +74,18 @@ class Preference:
 def conversation(row: Mapping[str, Any]) -> Conversation:
   """The conversation in a row; raises Unusable."""
   row = _given(row)
-  if "messages" in row:
-    messages = _messages(row["messages"], "messages")
-  elif "conversations" in row:
-    messages = _messages(row["conversations"], "conversations")
-  elif "instruction" in row:
+  form = _form(row)
+  if form is None:
+    raise Unusable(_unknown(row, "a conversation"))
+  if form in ("messages", "conversations"):
+    messages = _messages(row[form], form)
+  elif form == "instruction":
     asked = _text(row, "instruction")
     if row.get("input"):
       asked += "\n\n" + _text(row, "input")
     messages = _turn(asked, _text(row, "output"))
   else:
-    for asked, answered in _PAIRS:
-      if asked in row and answered in row:
-        messages = _turn(_text(row, asked), _text(row, answered))
-        break
-    else:
-      raise Unusable(_unknown(row, "a conversation"))
+    messages = _turn(*(_text(row, key) for key in form))
   if row.get("system"):
     messages = [{"role": "system", "content": _text(row, "system")}, *messages]
   answers = [m for m in messages if m["role"] == "assistant"]
@@ -148,10 +144,15 @@ def preference(row: Mapping[str, Any]) -> Preference:
 
 def is_conversation(row: Mapping[str, Any]) -> bool:
   """Whether a row has the keys of one of a conversation's forms."""
-  row = _given(row)
-  return any(
-    key in row for key in ("messages", "conversations", "instruction")
-  ) or any(asked in row and answered in row for asked, answered in _PAIRS)
+  return _form(_given(row)) is not None
+
+
+def _form(row: Mapping[str, Any]) -> str | tuple[str, str] | None:
+  """The key, or the two, that tell a conversation's form."""
+  for key in ("messages", "conversations", "instruction"):
+    if key in row:
+      return key
+  return next((pair for pair in _PAIRS if set(pair) <= set(row)), None)
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,9 +238,8 @@ def _messages(given: Any, name: str) -> list[Message]:
 def _joined(parts: Sequence[Any], name: str) -> str:
   """The text of OpenAI's content parts, which few templates know."""
   for part in parts:
-    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-      raise Unusable(f'a message of "{name}" has a part that is no text')
-    if not isinstance(part.get("text"), str):
+    is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
       raise Unusable(f'a message of "{name}" has a part that is no text')
   return "".join(part["text"] for part in parts)
 
