@@ -89,6 +89,14 @@ class SentencePieceBpe(tokenizer_lib.Tokenizer):
       byte_errors=tokenizer_lib.EACH_BYTE,
     )
 
+  def __getstate__(self) -> dict[str, Any]:
+    """For other processes; the library's class of the model has no name."""
+    return {**self.__dict__, "_proto": self._proto.SerializeToString()}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    proto = model_pb2.ModelProto.FromString(state["_proto"])
+    self.__dict__.update(state, _proto=proto)
+
   def save(self, folder) -> None:
     """Writes tokenizer.model, tokenizer_config.json, generation_config.json,
     and a tokenizer.json for transformers: its own conversion of a

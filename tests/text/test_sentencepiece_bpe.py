@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import pickle
 import random
 
 import pytest
@@ -131,6 +132,12 @@ def test_gguf_rebuild_equals_the_model(tmp_path, model, assert_same):
   assert_same(
     _load(tmp_path, model), text_lib.from_gguf_metadata(_fields(model)), _TEXTS
   )
+
+
+def test_another_process_gets_the_same_tokenizer(tmp_path, model, assert_same):
+  """As finetuning's readers do."""
+  before = _load(tmp_path, model)
+  assert_same(before, pickle.loads(pickle.dumps(before)), _TEXTS)
 
 
 def test_gguf_metadata_is_the_same_tokenizer(tmp_path, model, assert_same):
