@@ -164,20 +164,12 @@ class Output:
         for path, rows in self._files():
           found = _parse(path, path.read_bytes(), rows)
           for row in rows:
-            joined.write(_line(found[row]))
+            joined.write(atomic.json_line(found[row]))
       atomic.flush(part)
       part.replace(self._target)
       atomic.flush(self._target.parent)
       shutil.rmtree(self._parts)
     return True
-
-
-def _line(content: Any) -> bytes:
-  """JSON for people; half a surrogate pair, which is no text, is escaped."""
-  try:
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
-  except UnicodeEncodeError:
-    return json.dumps(content).encode() + b"\n"
 
 
 class Block:
@@ -218,7 +210,7 @@ class Block:
 
   def add(self, row: int, content: dict[str, Any]) -> None:
     """A row's answers; the last one closes the block."""
-    left = memoryview(_line([row, content]))
+    left = memoryview(atomic.json_line([row, content]))
     with _disk(self._path):
       while left:
         left = left[self._file.write(left) :]

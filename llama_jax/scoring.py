@@ -9,7 +9,6 @@ B rows, T tokens.
 """
 
 import collections
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -64,8 +63,7 @@ def score(llama, source: pathlib.Path, out: pathlib.Path) -> str:
   for (row, at, _), reward in zip(texts, rewards, strict=True):
     target = row if at is None else row["completions"][at]
     target["reward"] = float(reward)
-  lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-  atomic.write_text(out, "".join(lines))
+  atomic.write_text(out, b"".join(map(atomic.json_line, rows)).decode())
   told = f"; {len(left)} without a reward, the first {left[0]}" if left else ""
   return (
     f"{len(texts):,} answers scored, {np.mean(rewards):+.3f} in the mean{told};"

@@ -3,9 +3,11 @@
 building.py does the same for whole checkpoints.
 """
 
+import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 from llama_jax import errors
 
@@ -60,3 +62,11 @@ def check_new(path: str | os.PathLike) -> None:
     raise errors.UserError(
       f"{final} exists and is not an empty folder; name another or remove it."
     )
+
+
+def json_line(content: Any) -> bytes:
+  """A line of JSONL for people; half a surrogate pair, no text, is escaped."""
+  try:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+  except UnicodeEncodeError:
+    return json.dumps(content).encode() + b"\n"

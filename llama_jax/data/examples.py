@@ -14,6 +14,7 @@ R tokens of a row, S segments of a row, P pairs of a row.
 """
 
 import collections
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,11 +206,12 @@ def _examples(kind, rows) -> Iterator[tuple[str, Example | str]]:
   chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
   with processes.Pool(
     workers,
-    _begin_worker,
+    # Pickled once, not with every chunk: it holds the tokenizer.
+    copy.copy,
     (kind,),
     "give it more, or fewer cores (taskset).",
   ) as pool:
-    for converted in pool.map(_work, itertools.chain([more], chunks)):
+    for converted in pool.map(_convert_all, itertools.chain([more], chunks)):
       yield from converted
 
 
@@ -223,16 +225,8 @@ def _convert(kind, rows) -> Iterator[tuple[str, Example | str]]:
       yield where, str(error).rstrip(".")
 
 
-_kind: "_Kind | None" = None  # of a worker process
-
-
-def _begin_worker(kind: "_Kind") -> None:
-  global _kind
-  _kind = kind
-
-
-def _work(rows: list[tuple[str, Any]]) -> list[tuple[str, Example | str]]:
-  return list(_convert(_kind, rows))
+def _convert_all(kind, rows) -> list[tuple[str, Example | str]]:
+  return list(_convert(kind, rows))
 
 
 class _Kind:

@@ -98,20 +98,6 @@ class Maker:
     return counted if whole and counted["digest"] == part.digest else None
 
 
-_maker: Maker | None = None  # of a worker process
-
-
-def _begin_worker(
-  config: parts_lib.PrepareConfig, folder: pathlib.Path
-) -> None:
-  global _maker
-  _maker = Maker(config, folder)
-
-
-def _work(part: parts_lib.Part | None) -> tuple[Any, dict[str, Any]] | None:
-  return _maker.work(part)
-
-
 def _make_all(
   parts: Iterator[parts_lib.Part],
   config: parts_lib.PrepareConfig,
@@ -139,12 +125,12 @@ def _make_all(
     else:
       pool = processes.Pool(
         workers,
-        _begin_worker,
+        Maker,
         (config, folder),
         "the same command goes on. Take fewer --config.workers or a smaller"
         " --config.shard_mb.",
       )
-      made = stack.enter_context(pool).map(_work, left())
+      made = stack.enter_context(pool).map(Maker.work, left())
     for found in made:
       if found is not None:
         key, counted = found

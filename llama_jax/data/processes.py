@@ -23,9 +23,9 @@ class Pool:
   """Processes that end with their parent; for `with`."""
 
   def __init__(
-    self, workers: int, begin: Callable, args: tuple[Any, ...], advice: str
+    self, workers: int, make: Callable, args: tuple[Any, ...], advice: str
   ):
-    """workers processes, each of which calls begin(*args) first.
+    """workers processes, each with what make(*args) gives there.
 
     advice: what to do where memory ran out, a sentence.
     """
@@ -36,7 +36,7 @@ class Pool:
       workers,
       multiprocessing.get_context("spawn"),
       _begin,
-      (begin, args),
+      (make, args),
     )
 
   def __enter__(self) -> "Pool":
@@ -46,7 +46,7 @@ class Pool:
     self._pool.shutdown(wait=True, cancel_futures=True)
 
   def map(self, function: Callable, items: Iterable) -> Iterator[Any]:
-    """function(item) of each item; few items are taken ahead of the results.
+    """function(what was made, item) of each item, of which few are taken ahead.
 
     Raises:
       UserError: a process was killed.
@@ -57,7 +57,7 @@ class Pool:
         # Enough that no process waits for the reader.
         while len(pending) >= 2 * self._workers:
           yield pending.popleft().result()
-        pending.append(self._pool.submit(function, item))
+        pending.append(self._pool.submit(_call, function, item))
       while pending:
         yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool:
@@ -67,7 +67,15 @@ class Pool:
       ) from None
 
 
-def _begin(begin: Callable, args: tuple[Any, ...]) -> None:
+_made: Any = None  # of a worker process
+
+
+def _call(function: Callable, item: Any) -> Any:
+  return function(_made, item)
+
+
+def _begin(make: Callable, args: tuple[Any, ...]) -> None:
+  global _made
   # A killed parent tells nobody.
   parent = multiprocessing.parent_process()
 
@@ -76,4 +84,4 @@ def _begin(begin: Callable, args: tuple[Any, ...]) -> None:
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()
-  begin(*args)
+  _made = make(*args)

@@ -171,12 +171,12 @@ def test_a_killed_process_is_one_line(tokenizer, tmp_path, monkeypatch):
   monkeypatch.setattr(examples, "_ALONE", 3)
   monkeypatch.setattr(examples, "_CHUNK", 4)
   monkeypatch.setattr(processes, "cores", lambda: 2)
-  monkeypatch.setattr(examples, "_begin_worker", _die)
+  monkeypatch.setattr(examples, "_convert_all", _die)
   with pytest.raises(errors.UserError, match="a worker process was killed"):
     examples.read(data_config(path, batches.CONVERSATIONS), tokenizer, 60)
 
 
-def _die(kind):
+def _die(*given):
   os._exit(9)
 
 

@@ -369,7 +369,7 @@ def test_a_killed_worker_is_one_line(
 ):
   folder, _ = corpus
   asked = config(tokenizer_folder, sources_of(folder), workers=2)
-  monkeypatch.setattr(preparation, "_begin_worker", _die)
+  monkeypatch.setattr(preparation.Maker, "work", _die)
   with pytest.raises(errors.UserError, match="a worker process was killed"):
     preparation.prepare(asked, tmp_path / "out")
 
