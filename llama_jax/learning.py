@@ -241,9 +241,9 @@ class Goal:
     if pairs:
       self._measure = self._everywhere(self.objective)
 
-  def evaluate(self, params) -> dict[str, float]:
+  def evaluate(self, params) -> dict[str, float | np.ndarray]:
     """Measures by name, for the loop to call under jax.set_mesh."""
-    found = {}
+    found: dict[str, float | np.ndarray] = {}
     if self._tasks:
       whole = params
       if self._join is not None:
@@ -429,14 +429,13 @@ def _of_adapters(join: Callable, objective: Callable) -> Callable:
   return joined
 
 
-def _tell(total) -> dict[str, float]:
-  """heldout_loss and heldout/NAME of an objective's sums; scalars alone."""
+def _tell(total) -> dict[str, np.ndarray]:
+  """heldout_loss and heldout/NAME of an objective's sums."""
   loss, (count, sums) = total
   told = {"heldout_loss": loss / jnp.maximum(count, 1)}
   for name, value in step_lib.tell(sums).items():
-    if not value.ndim:
-      told[f"heldout/{name}"] = value
-  return {name: float(value) for name, value in told.items()}
+    told[f"heldout/{name}"] = value
+  return jax.device_get(told)
 
 
 def _kept(file: pathlib.Path, digest: str, rows: int):

@@ -78,6 +78,16 @@ def test_a_reward_model_learns_to_rank(runs):
   assert rows[-1]["heldout/margin"] > rows[2]["heldout/margin"]
   assert {"accuracy/better", "accuracy/unsure", "calibration/0"} <= set(rows[0])
   assert rows[-1]["loss"] < rows[0]["loss"] < 3
+  # The curve of the held-out pairs: each of them lies in one bin.
+  of = rows[-1]
+  bins = [
+    (of[f"heldout/calibration_pairs/{i}"], of[f"heldout/calibration/{i}"])
+    for i in range(10)
+  ]
+  right = sum(count * share for count, share in bins if count)
+  pairs = sum(count for count, _ in bins)
+  assert pairs > 0
+  assert right / pairs == pytest.approx(of["heldout/accuracy"])
 
 
 def test_dpo_moves_away_from_its_reference(runs):

@@ -5,7 +5,9 @@
     --config.data.chat_template=llama3
 
 Source: arXiv:2407.21783, 4.1.4: 1e-5, beta 0.1, the tokens that begin and end
-an answer masked in both, 0.2 times the chosen answer's negative log-likelihood.
+an answer masked in both, 0.2 times the chosen answer's negative log-likelihood;
+and 4.2.1: only what is rated better or significantly better (data.drop_ratings;
+what has no rating is kept).
 Not published: batch, length, epochs, warmup, schedule, decay, and whether the
 likelihood is a token's mean (it is here, after arXiv:2404.19733).
 Expected: margin and accuracy on held-out pairs rise, and the chosen answer's
@@ -51,6 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "chat_template": "",
         "packed": True,
         "max_skipped": 0.05,
+        "drop_ratings": ("slightly_better", "unsure"),
         "prepared": "",
         "mixture": "",
         "later_mixtures": (),

@@ -5,9 +5,9 @@
     --config.data.chat_template=llama3
 
 Source: arXiv:2407.21783, 4.1.2: from the pretrained checkpoint, no margin, an
-edited answer above the chosen above the rejected, pairs that are rated alike
-left out (leave them out of the file). Not published: every number (Llama 2's
-here). The paper writes a prompt once before all its answers; here each answer
+edited answer above the chosen above the rejected; and 4.2.1: only what is rated
+better or significantly better (data.drop_ratings; what has no rating is kept).
+Not published: every number (Llama 2's here). The paper writes a prompt once before all its answers; here each answer
 has its own and none sees another.
 Expected: accuracy on held-out pairs above the 0.50 of chance. smollm2: 0.60
 after 60 steps on HH's harmless part.
@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         "chat_template": "",
         "packed": True,
         "max_skipped": 0.05,
+        "drop_ratings": ("slightly_better", "unsure"),
         "prepared": "",
         "mixture": "",
         "later_mixtures": (),

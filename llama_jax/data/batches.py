@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax import errors
-from llama_jax.data import documents, packing, sources
+from llama_jax.data import dialogs, documents, packing, sources
 from llama_jax.data import mixture as mixture_lib
 from llama_jax.data import ramp as ramp_lib
 
@@ -56,6 +56,7 @@ class DataConfig:
     packed: several examples share a row without seeing each other; False gives
       each its own, filled with padding.
     max_skipped: the largest share of a source's rows that may be unusable.
+    drop_ratings: of dialogs.RATINGS; preferences so rated are not trained on.
   """
 
   text: str | tuple[str, ...] | Mapping[str, str | tuple[str, ...]]
@@ -73,6 +74,7 @@ class DataConfig:
   chat_template: str = ""
   packed: bool = True
   max_skipped: float = 0.05
+  drop_ratings: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.form not in FORMS:
@@ -82,6 +84,12 @@ class DataConfig:
     if not 0 <= self.max_skipped <= 1:
       raise errors.ConfigError(
         f"data.max_skipped={self.max_skipped} must lie between 0 and 1."
+      )
+    unknown = set(self.drop_ratings) - set(dialogs.RATINGS)
+    if unknown or (self.drop_ratings and self.form != PREFERENCES):
+      raise errors.ConfigError(
+        f"data.drop_ratings={self.drop_ratings!r} must be a tuple of"
+        f" {', '.join(dialogs.RATINGS)}, and is for data.form={PREFERENCES}."
       )
     if self.form == DOCUMENTS:
       for name in ("chat_template", "packed"):

@@ -51,14 +51,16 @@ class Counts:
   Attributes:
     kept, heldout: examples to train on, and held-out ones.
     tokens, trained: of those to train on: all, and what the model is to say.
-    skipped: reason -> rows.
-    named: the first few of them, for people.
+    dropped: rows of data.drop_ratings.
+    skipped: reason -> rows that cannot be used.
+    named: the first few of these, for people.
   """
 
   kept: int = 0
   heldout: int = 0
   tokens: int = 0
   trained: int = 0
+  dropped: int = 0
   skipped: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
@@ -71,10 +73,11 @@ class Counts:
       for reason, count in self.skipped.most_common(_NAMED)
     )
     share = self.trained / max(self.tokens, 1)
+    dropped = f" {self.dropped:,} dropped by rating," if self.dropped else ""
     return (
-      f"{self.kept:,} to train on, {self.heldout:,} held out, {skipped:,}"
-      f" skipped{reasons}; the model is to say {share:.0%} of {self.tokens:,}"
-      " tokens"
+      f"{self.kept:,} to train on, {self.heldout:,} held out,{dropped}"
+      f" {skipped:,} skipped{reasons}; the model is to say {share:.0%} of"
+      f" {self.tokens:,} tokens"
     )
 
 
@@ -161,6 +164,9 @@ def _read_source(config, kind, name, paths, preferences):
       if len(counts.named) < _NAMED:
         counts.named.append(f"{where}: {example}")
       continue
+    if _is_dropped(example.preference, config.drop_ratings):
+      counts.dropped += 1
+      continue
     document = dataclasses.replace(example.document, index=len(preferences))
     preferences.append(example.preference)
     digest = documents.digest(example.asked.encode(errors="surrogatepass"))
@@ -174,15 +180,26 @@ def _read_source(config, kind, name, paths, preferences):
       trained = document.trained
       counts.trained += len(document.ids) if trained is None else sum(trained)
   skipped = sum(counts.skipped.values())
-  total = counts.kept + counts.heldout + skipped
-  if skipped > config.max_skipped * total or not counts.kept:
+  total = counts.kept + counts.heldout + counts.dropped + skipped
+  if skipped > config.max_skipped * total or skipped == total:
     raise errors.BadFileError(
-      f"{knob}: of {total} rows {skipped} cannot be used as {config.form}, and"
-      f" {counts.kept} are left to train on: {'; '.join(counts.named)}. Mend"
-      " them, or let a larger share be skipped with --config.data.max_skipped"
-      f" (it is {config.max_skipped})."
+      f"{knob}: of {total} rows {skipped} cannot be used as {config.form}:"
+      f" {'; '.join(counts.named)}. Mend them, or let a larger share be skipped"
+      f" with --config.data.max_skipped (it is {config.max_skipped})."
+    )
+  if not counts.kept:
+    raise errors.BadFileError(
+      f"{knob}: of {total} rows none is left to train on: {counts.heldout} are"
+      f" held out (--config.data.heldout={config.heldout}), {counts.dropped}"
+      f" dropped by their rating (--config.data.drop_ratings), {skipped} cannot"
+      " be used. Give more, or change these."
     )
   return counts, split
+
+
+def _is_dropped(preference: dialogs.Preference | None, ratings) -> bool:
+  rated = preference is not None and preference.rating >= 0
+  return rated and dialogs.RATINGS[preference.rating] in ratings
 
 
 def _objects(paths, knob) -> Iterator[tuple[str, Any]]:

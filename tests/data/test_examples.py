@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors, text
-from llama_jax.data import batches, examples, packing, processes
+from llama_jax.data import batches, dialogs, examples, packing, processes
 
 TEMPLATE = (
   "{% for message in messages %}<s>{{ message.role }}\n"
@@ -278,6 +278,29 @@ def test_what_cannot_be_used_is_counted_within_a_budget(tokenizer, tmp_path):
     assert part in str(caught.value)
 
 
+def test_pairs_rated_alike_are_dropped_apart_from_what_is_bad(
+  tokenizer, tmp_path
+):
+  ratings = ("significantly_better", "unsure", "negligibly_better", None)
+  rows = [pair(n) | {"rating": ratings[n % 4]} for n in range(8)]
+  path = write(tmp_path / "a.jsonl", rows)
+
+  def read(**changes):
+    config = data_config(path, batches.PREFERENCES, max_skipped=0.0, **changes)
+    return examples.read(config, tokenizer, 200)
+
+  whole, part = read(), read(drop_ratings=("unsure",))
+  assert (whole.counts["text"].kept, whole.counts["text"].dropped) == (8, 0)
+  assert (part.counts["text"].kept, part.counts["text"].dropped) == (4, 4)
+  assert "4 dropped by rating, 0 skipped" in str(part.counts["text"])
+  unsure = dialogs.RATINGS.index("unsure")
+  for row in part.rows["text"]:
+    assert unsure not in row["extra"]["ratings"]
+  path = write(tmp_path / "b.jsonl", rows[1:3])
+  with pytest.raises(errors.BadFileError, match="2 dropped by their rating"):
+    read(drop_ratings=("unsure",))
+
+
 def test_a_template_that_drops_the_answer_is_told(tokenizer, tmp_path):
   path = write(tmp_path / "a.jsonl", [conversation(1)])
   before = tokenizer.chat_template
@@ -299,6 +322,11 @@ def test_a_template_that_drops_the_answer_is_told(tokenizer, tmp_path):
     ({"form": "documents", "packed": False}, "data.packed="),
     ({"form": "documents", "text": {"a": "b"}}, "data.text"),
     ({"max_skipped": 2.0}, "data.max_skipped="),
+    ({"drop_ratings": ("unsure",)}, "data.drop_ratings="),
+    (
+      {"form": batches.PREFERENCES, "drop_ratings": ("alike",)},
+      "data.drop_ratings=",
+    ),
     ({"infill_rate": 0.5}, "data.form="),
   ],
 )
