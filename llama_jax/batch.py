@@ -16,7 +16,7 @@ from llama_jax import completion, errors
 from llama_jax.decoding import engine as engine_lib
 from llama_jax.decoding import request as request_lib
 from llama_jax.decoding import sampling as sampling_lib
-from llama_jax.text import constraint, stream
+from llama_jax.text import chat, constraint, stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,8 @@ def run(
 
   llama, draft: a llama.Llama each, on one mesh.
   """
+  if any("messages" in row for row in rows):
+    chat.check_template(llama.need_tokenizer())
   bound = bind(llama, rows, settings)
   engine = engine_lib.Engine(
     *llama.unrolled,
@@ -250,17 +252,17 @@ def run(
 
 
 def _submit(llama, engine, row, index, settings, bound) -> int:
-  chat = "messages" in row
+  continues = "prompt" in row
   ids = (
-    llama.encode_chat(row["messages"])
-    if chat
-    else llama.encode_prompt(row["prompt"])
+    llama.encode_prompt(row["prompt"])
+    if continues
+    else llama.encode_chat(row["messages"])
   )
   stop_ids = tuple(llama.need_tokenizer().stop_ids)
   request = settings.request(
-    ids, index, stop_ids=stop_ids, constraint=bound.get(not chat)
+    ids, index, stop_ids=stop_ids, constraint=bound.get(continues)
   )
-  return engine.submit(request, settings.stop, continues=not chat)
+  return engine.submit(request, settings.stop, continues=continues)
 
 
 def _completion(answer_: completion.Answer, settings) -> dict[str, Any]:

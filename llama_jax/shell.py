@@ -73,6 +73,17 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     except KeyboardInterrupt:
       print("\ninterrupted", file=sys.stderr)
       sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+      # What XLA raises has many causes.
+      full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(
+        error
+      )
+      if not full:
+        raise
+      fail(
+        f"{str(error) or 'Out of memory.'} Ask for less at once (a smaller"
+        " batch, row or cache) or a smaller dtype, or share it among devices."
+      )
     except BrokenPipeError:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(141)

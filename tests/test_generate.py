@@ -188,6 +188,31 @@ def test_flags_of_another_mode_are_refused(run_verbs, nano, tmp_path):
   assert prompts.read_text() == '{"prompt": "x"}\n'
 
 
+def test_what_no_row_could_have_is_refused(run_verbs, nano, tmp_path):
+  """A cache beyond any memory, a chat where no template is: nothing written."""
+  bare = shutil.copytree(nano, tmp_path / "bare")
+  file = bare / "tokenizer_config.json"
+  spec = json.loads(file.read_text())
+  del spec["chat_template"]
+  file.write_text(json.dumps(spec))
+  for name, line in (("prompt", '"x"'), ("messages", '[{"role": "user"}]')):
+    (tmp_path / name).write_text(f'{{"{name}": {line}}}\n')
+  out = tmp_path / "out.jsonl"
+  speak = ["llama_jax.generate", f"--out={out}"]
+  texts, chats = (f"--prompts={tmp_path / n}" for n in ("prompt", "messages"))
+  for (code, said, err), words in zip(
+    run_verbs(
+      [*speak, f"--ckpt=hf:{nano}", texts, f"--cache_tokens={10**11}"],
+      [*speak, f"--ckpt=hf:{bare}", chats],
+    ),
+    ("Out of memory", "has no chat template"),
+    strict=True,
+  ):
+    assert code == 2 and not said and words in err, err
+    assert err.count("\n") == 1
+  assert {p.name for p in tmp_path.iterdir()} == {"prompt", "messages", "bare"}
+
+
 def test_a_mesh_that_cannot_be_is_refused(run_verbs, nano, tmp_path):
   """By the knob as it is typed, before the weights are read."""
   text = tmp_path / "text.txt"

@@ -166,11 +166,14 @@ def _weights(given, knob: str) -> dict[str, float]:
   try:
     if isinstance(given, str):
       pairs = [one.split(":") for one in given.split(",") if one.strip()]
-      return {name.strip(): float(weight) for name, weight in pairs}
+      weights = {name.strip(): float(weight) for name, weight in pairs}
+      if len(weights) < len(pairs):
+        raise ValueError("a source is named twice")
+      return weights
     return {str(name): float(weight) for name, weight in given.items()}
   except (AttributeError, TypeError, ValueError) as error:
     raise errors.ConfigError(
-      f"{knob}={given!r} is no mixture; give {{source: weight}}, or"
+      f"{knob}={given!r} is no mixture ({error}); give {{source: weight}}, or"
       " source:weight,source:weight."
     ) from error
 

@@ -300,7 +300,9 @@ class _Kind:
   def _fit(self, ids, longest: int) -> None:
     if len(ids) > longest:
       # Of one reason for all lengths the count says more.
-      raise dialogs.Unusable(f"longer than a row of {self._row_length} tokens")
+      raise dialogs.Unusable(
+        f"longer than a row of {self._row_length} tokens (data.sequence_length)"
+      )
 
   def _document(self, ids, trained, parts=()) -> packing.Document:
     if self._special:

@@ -72,11 +72,11 @@ class EngineConfig:
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise errors.UserError(
-          f"decoding.{name}={value!r} must be a whole number, {least} or more."
+          f"{name}={value!r} must be a whole number, {least} or more."
         )
     if self.cache_dtype not in ("", "float32", "bfloat16", "float16"):
       raise errors.UserError(
-        f"decoding.cache_dtype={self.cache_dtype!r} is not known; use float32,"
+        f"cache_dtype={self.cache_dtype!r} is not known; use float32,"
         " bfloat16 or float16, or leave it empty for the compute dtype."
       )
 
@@ -129,13 +129,14 @@ class Engine:
           f" {decoder.config.vocab_size}; take one with the same tokenizer."
         )
     if draft and not config.guesses:
-      raise errors.UserError("A draft needs decoding.guesses=1 or more.")
+      raise errors.UserError("A draft needs guesses=1 or more.")
     self._words = decoder.config.vocab_size
-    self._pages = pages_lib.Pages(_page_count(config), config.page_size)
     # Whole rounds of guesses, each with the draw after the last.
     together = config.guesses + 1
     count = -(-config.tokens_per_call // together) * together
+    # First what may be too large for the memory.
     self._pools = tuple(self._make_pools(one) for one in self._decoders)
+    self._pages = pages_lib.Pages(_page_count(config), config.page_size)
     self._copies = copies.Copies(
       self._pages, [pools[0].kernel == "gather" for pools in self._pools], count
     )
@@ -168,7 +169,7 @@ class Engine:
       head_dim=head_dim,
       page_size=config.page_size,
     )
-    count, size = self._pages.count + 1, config.page_size
+    count, size = _page_count(config) + 1, config.page_size
     make = jax.jit(
       lambda: tuple(
         paged.empty(kernel, count, size, heads, head_dim, dtype)
@@ -202,7 +203,7 @@ class Engine:
       raise errors.UserError(
         f"A prompt of {prompt} tokens and {new} new ones need {needed} pages of"
         f" {self._config.page_size} tokens and there are {self._pages.count};"
-        f" give decoding.cache_tokens={prompt + new} or more, or ask for less."
+        f" give cache_tokens={prompt + new} or more, or ask for less."
       )
     for name in ("logprobs", "prompt_logprobs"):
       top = getattr(request, name)

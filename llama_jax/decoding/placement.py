@@ -93,7 +93,7 @@ def kernel(name: str, mesh: Mesh | None) -> str:
     return name
   if name != paged.AUTO:
     raise errors.ConfigError(
-      f"decoding.attention={name!r} is one device's; use gather on a mesh of"
+      f"attention={name!r} is one device's; use gather on a mesh of"
       f" {mesh.size}."
     )
   return "gather"

@@ -191,7 +191,7 @@ def resolve(
   """
   if name not in (AUTO, *KERNELS):
     raise errors.ConfigError(
-      f"decoding.attention={name!r} is unknown;"
+      f"attention={name!r} is unknown;"
       f" use {AUTO} or one of {', '.join(KERNELS)}."
     )
   sizes = (num_heads, num_kv_heads, head_dim, page_size)
@@ -206,8 +206,7 @@ def resolve(
       return kernel
     if name != AUTO:
       raise errors.ConfigError(
-        f"decoding.attention={name!r} cannot run here: {found};"
-        f" use {AUTO} or gather."
+        f"attention={name!r} cannot run here: {found}; use {AUTO} or gather."
       )
   return "gather"
 

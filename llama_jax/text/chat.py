@@ -97,6 +97,15 @@ def render_text(
   return draft.mask.show(text)
 
 
+def check_template(tokenizer: tokenizer_lib.Tokenizer) -> None:
+  """Raises UserError where the tokenizer cannot write a chat."""
+  if tokenizer.chat_template is None:
+    raise errors.UserError(
+      "this tokenizer has no chat template; use a chat model's, or put a"
+      " chat_template.jinja beside its files."
+    )
+
+
 def _check(messages: Any) -> None:
   if not isinstance(messages, list | tuple) or not messages:
     raise errors.UserError(
@@ -127,11 +136,7 @@ class _Draft:
   """One chat with its special tokens hidden, to be rendered in variations."""
 
   def __init__(self, tokenizer, messages, variables):
-    if tokenizer.chat_template is None:
-      raise errors.UserError(
-        "this tokenizer has no chat template; use a chat model's, or put a"
-        " chat_template.jinja beside its files."
-      )
+    check_template(tokenizer)
     _check(messages)
     self.tokenizer = tokenizer
     self.mask = mask_lib.Mask(tokenizer, messages, variables)

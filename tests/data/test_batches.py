@@ -221,6 +221,7 @@ def test_documents_are_held_out_by_their_text(tmp_path, tokenizer_folder):
       {"text": "y", "prepared": "", "mixture": {"a": 1}},
       r"data\.mixture is for",
     ),
+    ({"mixture": "a:1,b:2,a:3"}, "a source is named twice"),
   ],
 )
 def test_config_refusals(knobs, said):
