@@ -264,6 +264,35 @@ def read_described(folder: pathlib.Path):
     ) from error
 
 
+def differences(config, folder: pathlib.Path) -> list[str]:
+  """Knobs of a ConfigDict that the run in a folder has otherwise, one a text.
+
+  Of a folder without a run, nothing.
+  """
+  if not (folder / "config.json").is_file():
+    return []
+  given, was = (
+    _knobs(json.loads(json.dumps(one.to_dict(), default=str)))
+    for one in (config, read_described(folder))
+  )
+  return [
+    f"{knob}={given.get(knob)!r} (the run has {was.get(knob)!r})"
+    for knob in sorted(given.keys() | was.keys())
+    if given.get(knob) != was.get(knob)
+  ]
+
+
+def _knobs(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Values by their dotted names."""
+  found: dict[str, Any] = {}
+  for name, value in section.items():
+    if isinstance(value, dict):
+      found |= _knobs(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
+
+
 def _git(*words: str) -> str:
   """What git says of the source this is; nothing where it is no clone."""
   here = pathlib.Path(__file__).parent

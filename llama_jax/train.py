@@ -385,6 +385,12 @@ def main(argv) -> None:
     )
   asked = experiment.read(config)
   if _REPLAY.value is not None:
+    if others := experiment.differences(config, folder):
+      print(
+        f"note: this is not the run's config: {', '.join(others)}. Without"
+        " --config the run's own is taken.",
+        file=sys.stderr,
+      )
     sys.exit(replay(asked, folder, _REPLAY.value))
   profile = _steps(_PROFILE.value, asked.training.steps or sys.maxsize)
   sys.exit(train(asked, folder, experiment.describe(config), profile))

@@ -218,10 +218,15 @@ def test_replay(whole, flags_of, trainer):
     (STEPS, STEPS - EVERY, ["llama_jax.train", f"--workdir={whole}"]),
   ):
     code, out, err = trainer.run([*argv, f"--replay={step}"])
-    assert code == 0, err
+    assert code == 0 and "note" not in err, err
     told = json.loads(out[out.index("{") :])
     assert told["gradient_hash"] == logged[step]
     assert (told["from_checkpoint"], told["same"]) == (source, True)
+  # Of other knobs it says so.
+  _, _, err = trainer.run(
+    [*flags_of(whole, **{"training.seed": 1}), f"--replay={STEPS}"]
+  )
+  assert "note: this is not the run's config: training.seed=1 (the run" in err
   assert committed(whole) == before
 
 

@@ -74,7 +74,8 @@ class PrepareConfig:
     for name in ("bad_lines", "min_characters", "max_characters", "workers"):
       self._check(getattr(self, name) >= 0, name, "0 or more")
     for name in ("max_document_mb", "shard_mb"):
-      self._check(getattr(self, name) > 0, name, "more than 0")
+      finite = 0 < getattr(self, name) < float("inf")
+      self._check(finite, name, "more than 0, and finite")
     if not self.sources:
       raise errors.ConfigError("config.sources is empty; name one or more.")
     for name, source in self.sources.items():
@@ -232,7 +233,9 @@ class Reader:
       raise errors.BadFileError(
         f"config.sources.{name}.paths={source.paths} holds no text to train"
         f" on: of {counts.records} records {counts.bad} are bad,"
-        f" {counts.filtered} filtered out, {counts.duplicates} duplicates."
+        f" {counts.filtered} filtered out, {counts.duplicates} duplicates and"
+        f" the others held out (config.heldout={config.heldout})."
+        f" {' '.join(counts.bad_named)}".rstrip()
       )
     for heldout in filling:
       if filling[heldout].texts:

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -331,6 +332,7 @@ def test_a_second_call(corpus, tmp_path, tokenizer_folder):
 
 
 def test_the_budget_for_bad_lines(corpus, tmp_path, tokenizer_folder):
+  """R14: bad UTF-8, a line that is too long, one without text, no line."""
   _, texts = corpus
   file = write_jsonl(tmp_path / "a.jsonl", texts["alpha"][1:9])
   good = file.read_bytes()
@@ -351,6 +353,7 @@ def test_the_budget_for_bad_lines(corpus, tmp_path, tokenizer_folder):
   assert (counted["bad"], counted["passed_over"]) == (4, 1)
   assert len(counted["bad_named"]) == 4
   assert "empty.jsonl: is empty" in counted["bad_named"][3]
+  print(f"R14: {counted['bad']} bad records skipped of a budget of 4, or named")
   # A document keeps its number in the file: bad ones count.
   kept = documents_of(prepared.read(tmp_path / ".out").sources["x"])
   assert set(kept) <= set(range(8)) and len(kept) >= 6
@@ -362,6 +365,13 @@ def test_a_source_of_nothing_is_refused(corpus, tmp_path, tokenizer_folder):
   sources = {"a": source(folder / "a.jsonl.gz"), "b": source(file)}
   with pytest.raises(errors.BadFileError, match=r"sources\.b\.paths.* no text"):
     preparation.prepare(config(tokenizer_folder, sources), tmp_path / "out")
+  # What is held out or bad is told.
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text("[]\n")
+  one = config(tokenizer_folder, {"b": source(bad)}, bad_lines=1, heldout=0.5)
+  said = r"held out \(config\.heldout=0\.5\)\. .*bad\.jsonl, line 1: needs"
+  with pytest.raises(errors.BadFileError, match=said):
+    preparation.prepare(one, tmp_path / "out")
 
 
 def test_a_killed_worker_is_one_line(
@@ -404,6 +414,7 @@ def test_seen_is_a_set():
     ({"infill_rate": -0.1}, "config.infill_rate=-0.1"),
     ({"bad_lines": -1}, "config.bad_lines=-1"),
     ({"shard_mb": 0}, "config.shard_mb=0"),
+    ({"max_document_mb": math.inf}, "config.max_document_mb=inf"),
     ({"sources": {}}, "config.sources is empty"),
     ({"sources": {"a-b": source("x")}}, "config.sources.a-b"),
     ({"sources": {"a": source("")}}, "config.sources.a.paths is empty"),

@@ -90,6 +90,7 @@ def test_a_bad_line_is_named_and_the_rest_read(tmp_path, line):
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl"])
 def test_a_long_line_takes_little_memory(tmp_path, name):
+  """R14: 100 MB in one line."""
   content = jsonl("a") + b'{"text": "' + b"x" * 100_000_000 + b'"}\n'
   path = write(tmp_path / name, content + jsonl("b"))
   del content
