@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 import platform
 import subprocess
@@ -365,6 +366,9 @@ def check(
 def rates(asked: Experiment, ramp: ramp_lib.Ramp):
   """Step (0 is the first) -> its learning rate."""
   shape, total = asked.optimizer, asked.training.steps
+  warmup = math.ceil(shape.warmup_fraction * total)
+  if warmup > shape.warmup_steps:
+    shape = dataclasses.replace(shape, warmup_steps=warmup)
   ends = ramp.at(min(shape.warmup_steps, total)).tokens, ramp.at(total).tokens
 
   def rate(step: int) -> float:

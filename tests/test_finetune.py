@@ -272,6 +272,20 @@ def test_an_epoch_of_a_mixture_ends_with_the_first_source():
   assert one.steps == round(asked.training.epochs * 6_000 / 0.9 / batch)
 
 
+@pytest.mark.parametrize("steps, warmup", [(100, 5), (1000, 30), (1001, 31)])
+def test_llama_2s_reward_warms_up_for_a_share_of_the_steps(steps, warmup):
+  """3 % of them, and at least 5 (arXiv:2307.09288, 3.2.2)."""
+  config = shell.load_config(f"{ROOT / 'configs/finetune/llama2_reward.py'}")
+  config.init, config.data.text = "hf:x", "pairs.jsonl"
+  config.training.update(steps=steps, epochs=0.0)
+  asked = experiment.read(config)
+  rate = experiment.rates(asked, experiment.make_ramp(asked, None))
+  grown = [rate(step) / asked.optimizer.peak_lr for step in range(warmup + 2)]
+  want = [(step + 1) / warmup for step in range(warmup)]
+  assert grown[:warmup] == pytest.approx(want)
+  assert grown[warmup + 1] < grown[warmup] == 1
+
+
 def test_a_run_keeps_its_reference_and_a_student_its_words(
   runs, run_verbs, nano, data, tmp_path
 ):

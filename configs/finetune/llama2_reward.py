@@ -7,12 +7,14 @@
     --config=configs/finetune/llama2_reward.py:safety:FOLDER ...
 
 Source: arXiv:2307.09288, 3.2: from the chat checkpoint, one epoch, 1e-5 (70B:
-5e-6), cosine to a tenth, warmup 3 % of the steps and at least 5 (5 here: set it
-to 3 % of the steps that the run prints), 512 pairs a batch; margins by rating,
-the small ones, which did best on average; safety: 90 % safety and 10 %
-helpfulness data (FOLDER/safety, FOLDER/helpfulness) and a classification loss
-whose formula and weight are not published (ours: objectives/reward.py, 1.0).
-A batch counts rows, into which several pairs are packed.
+5e-6), cosine to a tenth, warmup 3 % of the steps and at least 5, 512 pairs a
+batch; margins by rating, the small ones, which did best on average; safety:
+90 % safety and 10 % helpfulness data (FOLDER/safety, FOLDER/helpfulness) and a
+classification loss whose formula and weight are not published (ours:
+objectives/reward.py, 1.0). A batch counts rows, into which pairs are packed, so
+that 512 of them hold more than 512 pairs: divide training.batch_size by the
+pairs of a row (those to train on over the rows, which the run prints), or give
+each its own row with data.packed=False.
 Expected: accuracy by rating rises with the rating; 62 to 63 % on average.
 """
 
@@ -83,6 +85,7 @@ def get_config(variant: str = "helpfulness") -> ml_collections.ConfigDict:
         "peak_lr": 1e-5,
         "schedule": "cosine",
         "warmup_steps": 5,
+        "warmup_fraction": 0.03,
         "final_lr_fraction": 0.1,
         "decay_fraction": 0.0,
         "b1": 0.9,

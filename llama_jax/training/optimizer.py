@@ -23,7 +23,8 @@ class OptimizerConfig:
   Attributes:
     peak_lr: learning rate after warmup.
     schedule: one of schedule.SCHEDULES.
-    warmup_steps: steps of linear growth from 0.
+    warmup_steps: steps of linear growth from 0, or
+    warmup_fraction: of the run's steps, where that is more.
     final_lr_fraction: of the peak, where the schedule ends with the run.
     decay_fraction: of the run, in which "wsd" falls.
     b1, b2, eps: AdamW's.
@@ -44,11 +45,13 @@ class OptimizerConfig:
   weight_decay: float
   clip_norm: float
   moments_dtype: str
+  warmup_fraction: float = 0.0
 
   def __post_init__(self):
     for name, right, allowed in (
       ("peak_lr", 0 <= self.peak_lr < math.inf, "finite, 0 or more"),
       ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+      ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "from 0 to 1"),
       ("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "from 0 to 1"),
       ("decay_fraction", 0 <= self.decay_fraction <= 1, "from 0 to 1"),
       ("b1", 0 <= self.b1 < 1, "0 or more, and below 1"),

@@ -116,6 +116,7 @@ def test_moments_in_bfloat16_lead_nearly_there():
   [
     ("peak_lr", -1.0),
     ("warmup_steps", -1),
+    ("warmup_fraction", 1.5),
     ("final_lr_fraction", 1.5),
     ("b1", 1.5),
     ("eps", float("nan")),
