@@ -220,7 +220,7 @@ class Goal:
   ):
     """join: (frozen base, adapters) -> the decoder's params, of a LoRA run."""
     self._asked, self._decoder, self._devices = asked, decoder, devices
-    self._rows, self._heldout = rows, heldout
+    self._heldout = heldout
     self._join = join
     self.objective = _make(asked, decoder, len(rows))
     if join is not None:
@@ -252,20 +252,24 @@ class Goal:
     if self._measure is None:
       return found
     total = None
-    for rows in self._heldout.values():
-      for _, batch in self._batches(rows[: self._asked.evaluation.rows]):
+    for rows in self._measured():
+      for _, batch in self._batches(rows):
         one = self._measure(params, batch, self.frozen)
         total = one if total is None else jax.tree.map(jnp.add, total, one)
     return found | (_tell(total) if total is not None else {})
 
-  def prepare(
-    self, folder: pathlib.Path, contents: Mapping[str, str], base
-  ) -> None:
-    """Gets the second model's params, or what it says of all rows.
+  def _measured(self) -> list[Rows]:
+    """Held-out rows of each source, those that are measured on."""
+    asked = self._asked.evaluation
+    most = asked.rows if asked.every else 0
+    return [rows[:most] for rows in self._heldout.values()]
+
+  def prepare(self, folder: pathlib.Path, drawn: Rows, base) -> None:
+    """Gets the second model's params, or what it says of the rows.
 
     Args:
       folder: the run's.
-      contents: what tells the data from other data.
+      drawn: what the run reads to train on.
       base: a LoRA run's frozen params, its reference too; or None.
     """
     if base is not None:
@@ -275,15 +279,14 @@ class Goal:
       if not objective.top_k:
         self.frozen["teacher"] = self._load(objective.teacher, _TEACHER_KNOB)
         return
-      rows = [row for one in self._rows.values() for row in one]
-      told = self._told(folder / TEACHER, contents, rows, self._ask_teacher)
+      rows = list(drawn)
+      told = self._told(folder / TEACHER, rows, self._ask_teacher)
     elif getattr(objective, "reference", "") == dpo.LIVE:
       self.frozen["reference"] = self._reference()
       return
     elif getattr(objective, "reference", "") == dpo.CACHED:
-      both = (self._rows, self._heldout)
-      rows = [row for kind in both for one in kind.values() for row in one]
-      told = self._told(folder / REFERENCE, contents, rows, self._ask_reference)
+      rows = [*drawn, *(row for one in self._measured() for row in one)]
+      told = self._told(folder / REFERENCE, rows, self._ask_reference)
     else:
       return
     for index, row in enumerate(rows):
@@ -305,13 +308,15 @@ class Goal:
     cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
     return jax.jit(cast, out_shardings=placed, donate_argnums=0)(params)
 
-  def _told(self, file, contents, rows: Rows, ask) -> dict[str, np.ndarray]:
-    """What another model says of all rows, computed once."""
+  def _told(self, file, rows: Rows, ask) -> dict[str, np.ndarray]:
+    """What another model says of rows, computed once."""
     objective = dataclasses.asdict(self._asked.objective)
-    about = [self._asked.init, self._decoder.dtype, objective, contents]
+    about = [self._asked.init, self._decoder.dtype, objective]
     if self._asked.lora:
       about.append(dataclasses.asdict(self._asked.lora))
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for row in rows:
+      digest.update(row["tokens"].tobytes() + row["segments"].tobytes())
     found = _kept(file, digest.hexdigest(), len(rows))
     if found is None:
       print(f"{file.stem:<10} reads {len(rows):,} rows", flush=True)

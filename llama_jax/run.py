@@ -98,7 +98,8 @@ class Run:
         out_shardings=lora_lib.shardings(placed, lora),
         donate_argnums=0,
       )(_load(self.asked, self.base, self.decoder, self.devices))
-    self.goal.prepare(folder, self.contents, base)
+    drawn = self.batches.drawn(self.asked.training.steps)
+    self.goal.prepare(folder, drawn, base)
 
   def local(self, step: int) -> slice:
     """Rows of batch `step` that this host reads."""

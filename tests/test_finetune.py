@@ -103,7 +103,30 @@ def test_dpo_moves_away_from_its_reference(runs):
     np.log(2) + 0.2 * rows[0]["before/heldout/nll"], rel=1e-5
   )
   assert rows[-1]["heldout/margin"] > 0 and rows[-1]["heldout/accuracy"] > 0.9
-  assert (runs["llama3_dpo"][3] / "reference.npz").is_file()
+
+
+def test_a_short_run_asks_its_reference_of_what_it_reads(
+  run_verbs, nano, data, tmp_path
+):
+  """Not of all rows; of more when the run goes on for longer."""
+  knobs = {"data.packed": False, "training.batch_size": 2, "evaluation.rows": 2}
+  short, longer = (
+    command(
+      "llama3_dpo", nano, data, tmp_path, **knobs, **{"training.steps": n}
+    )
+    for n in (2, 3)
+  )
+  asked = []
+  for one in (short, longer):
+    ((code, out, err),) = run_verbs(one)
+    assert code == 0, err
+    with np.load(tmp_path / "reference.npz") as kept:
+      asked.append(len(kept["reference"]))
+    assert f"reads {asked[-1]} rows" in out
+  assert asked == [2 * 2 + 2, 2 * 3 + 2]
+  rows = metrics.read(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert rows[0]["margin"] == 0 and rows[1]["margin"] != 0
 
 
 @pytest.mark.parametrize("kind", ["llama2_reward", "llama3_dpo"])

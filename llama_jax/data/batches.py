@@ -261,6 +261,17 @@ class Batches:
     """Passes over each source before this step."""
     return self.mixture.epochs(self._ramp.at(step).row)
 
+  def drawn(self, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows, each once, that the first `steps` batches are made of."""
+    found = set()
+    for number in range(self._ramp.at(steps).row):
+      draw = self.mixture.draw(number)
+      if (draw.source, draw.index) not in found:
+        found.add((draw.source, draw.index))
+        yield self._rows[draw.source][draw.index]
+      if len(found) == sum(self.sizes.values()):
+        return
+
   def documents(self, step: int) -> list[dict[str, Any]]:
     """What batch `step` is made of: source, row and documents of each row."""
     place = self._ramp.at(step)

@@ -72,6 +72,20 @@ def test_any_step_can_be_resumed(two):
     assert digests(make(two), range(start, 20)) == whole[6 * start :]
 
 
+@pytest.mark.parametrize("steps", [1, 7, 30, 200])
+def test_drawn_is_what_the_batches_are_made_of(two, steps):
+  """Every row of the first steps, each once, and no other."""
+  source = make(two, mixture={"a": 3, "b": 1})
+  drawn = [int(row["tokens"][0]) for row in source.drawn(steps)]
+  assert len(set(drawn)) == len(drawn)
+  want = {
+    int(two[one["source"]][one["row"]]["tokens"][0])
+    for step in range(steps)
+    for one in source.documents(step)
+  }
+  assert set(drawn) == want
+
+
 @pytest.mark.parametrize("hosts", [2, 3, 6])
 def test_hosts_share_a_batch(two, hosts):
   """R7: the same global batches for any number of hosts."""
