@@ -16,7 +16,6 @@ from llama_jax import errors, shell
 from llama_jax.data import batches
 from llama_jax.data import ramp as ramp_lib
 from llama_jax.evals import settings as evals_settings
-from llama_jax.model import config as config_lib
 from llama_jax.model import lora as lora_lib
 from llama_jax.objectives import OBJECTIVES, next_token
 from llama_jax.parallel import mesh
@@ -324,43 +323,6 @@ def make_ramp(asked: Experiment, row_length: int | None) -> ramp_lib.Ramp:
       f" row_length={longest}, or use {row_length} or less."
     )
   return ramp_lib.Ramp(stages, row_length or longest)
-
-
-def check(
-  asked: Experiment,
-  config: config_lib.LlamaConfig,
-  tokenizer,
-  ramp: ramp_lib.Ramp,
-  num_devices: int,
-) -> None:
-  """Refuses, before any compile, what cannot work together."""
-  parallel = asked.parallel.resolve(num_devices)
-  for stage in ramp.stages:
-    rows = stage.batch_size // stage.accumulation
-    mesh.check(
-      parallel,
-      {
-        "tensor": {
-          "model.num_kv_heads": config.num_kv_heads,
-          "model.num_heads": config.num_heads,
-          "model.mlp_dim": config.mlp_dim,
-          "model.vocab_size": config.vocab_size,
-        },
-        "fsdp": {"model.embed_dim": config.embed_dim},
-        "batch": {"training.batch_size / training.accumulation": rows},
-      },
-    )
-    if stage.sequence_length > config.context_length:
-      raise errors.ConfigError(
-        f"data.sequence_length={stage.sequence_length} is longer than the"
-        f" model's context of {config.context_length}; use that or less."
-      )
-  if tokenizer.vocab_size > config.vocab_size:
-    raise errors.ConfigError(
-      f"the tokenizer has {tokenizer.vocab_size} words and the model"
-      f" {config.vocab_size}; give the model's own with"
-      " --config.data.tokenizer=PATH."
-    )
 
 
 def rates(asked: Experiment, ramp: ramp_lib.Ramp):

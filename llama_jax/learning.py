@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import checkpoint, errors, evals, experiment
-from llama_jax.checkpoint import atomic, proof, steps
+from llama_jax import checkpoint, compatibility, errors, evals, experiment
+from llama_jax.checkpoint import atomic
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import packing
 from llama_jax.decoding import placement
@@ -31,135 +31,7 @@ from llama_jax.training import step as step_lib
 # In a run's folder.
 REFERENCE, TEACHER = "reference.npz", "teacher.npz"
 
-_TEACHER_KNOB = "--config.objective.teacher"
-
 Rows = Sequence[dict[str, Any]]
-
-
-def check(asked: experiment.Experiment) -> None:
-  """Refuses, before anything is read, what does not go together."""
-  objective, data = asked.objective, asked.data
-  pairs = isinstance(objective, dpo.DPO | reward.Reward)
-  name = type(objective).__name__
-  if pairs != (data.form == batches_lib.PREFERENCES):
-    wanted = "preferences" if pairs else "documents or conversations"
-    raise errors.ConfigError(
-      f"data.form={data.form} does not go with this objective ({name}); use"
-      f" {wanted}."
-    )
-  if pairs and asked.training.ramp:
-    raise errors.ConfigError(
-      "training.ramp cuts rows, and preferences are not cut; leave it empty."
-    )
-  if pairs and not asked.init:
-    raise errors.ConfigError(
-      f"this objective ({name}) begins from a model: give --config.init=REF."
-    )
-  if data.form != batches_lib.DOCUMENTS and not data.separate_documents:
-    raise errors.ConfigError(
-      f"data.separate_documents=False would let the {data.form} of a row see"
-      " each other; use True."
-    )
-  if pairs and asked.evaluation.tasks and isinstance(objective, reward.Reward):
-    raise errors.ConfigError(
-      f"evaluation.tasks={','.join(asked.evaluation.tasks)} are for language"
-      " models, and this trains a reward model; leave it empty."
-    )
-  if isinstance(objective, dpo.DPO) and asked.model.vocab_size:
-    raise errors.ConfigError(
-      f"model.vocab_size={asked.model.vocab_size} adds words that DPO's"
-      " reference, config.init, does not have; leave it 0."
-    )
-  plain = isinstance(objective, next_token.NextToken)
-  if asked.training.z_loss and not plain:
-    raise errors.ConfigError(
-      f"training.z_loss={asked.training.z_loss} is next-token prediction's, and"
-      f" this objective ({name}) has none; use 0."
-    )
-  if getattr(objective, "top_k", 0) and (data.prepared or asked.training.ramp):
-    raise errors.ConfigError(
-      f"objective.top_k={objective.top_k} stores what the teacher says of whole"
-      " rows of data.text; with data.prepared or training.ramp use"
-      " objective.top_k=0, a live teacher."
-    )
-  if asked.lora and not asked.init:
-    raise errors.ConfigError(
-      "lora trains beside a model: give --config.init=REF."
-    )
-  if asked.lora and asked.model.vocab_size:
-    raise errors.ConfigError(
-      f"model.vocab_size={asked.model.vocab_size} adds words, and lora trains"
-      " no embedding; leave it 0."
-    )
-  if (
-    asked.lora
-    and asked.lora.base_dtype == "int8"
-    and asked.model.dtype == "float8"
-  ):
-    raise errors.ConfigError(
-      "lora.base_dtype=int8 is not multiplied in float8; use"
-      " model.dtype=bfloat16, or lora.base_dtype=bfloat16."
-    )
-  if asked.training.epochs and data.prepared:
-    raise errors.ConfigError(
-      "training.epochs counts passes over data.text; with data.prepared give"
-      " training.steps."
-    )
-
-
-def check_second(
-  asked: experiment.Experiment,
-  folder: pathlib.Path,
-  config,
-  tokenizer,
-  row_length: int,
-) -> None:
-  """Refuses a second model that is not the run's, or does not fit its own.
-
-  Args:
-    asked: the experiment.
-    folder: the run's; what it went on from so far is in its config.json.
-    config, tokenizer: of the model that is trained.
-    row_length: tokens that both models read at once.
-  """
-  objective = asked.objective
-  # Beside adapters the base is the reference, and the run's folder names it.
-  is_reference = getattr(objective, "reference", "") and not asked.lora
-  if is_reference and steps.list_steps(folder / "checkpoints"):
-    was = experiment.read_described(folder).init
-    if was != asked.init:
-      raise errors.ConfigError(
-        f"--config.init={asked.init} is the reference of this objective, and"
-        f" the run in {folder} has {was}; leave it as it was, or begin anew in"
-        " another --workdir."
-      )
-  if not isinstance(objective, distill.Distill):
-    return
-  given = f"{_TEACHER_KNOB}={objective.teacher}"
-  there = checkpoint.read_config(objective.teacher, _TEACHER_KNOB)
-  if there.head != "words":
-    raise errors.ConfigError(
-      f"{given} is a reward model, which says no words; give a language model."
-    )
-  theirs = checkpoint.read_tokenizer(objective.teacher, _TEACHER_KNOB)
-  alike = theirs is None or proof.same_vocabulary(theirs, tokenizer)
-  if not alike or there.vocab_size != config.vocab_size:
-    raise errors.ConfigError(
-      f"{given} has another vocabulary ({there.vocab_size:,} words) than the"
-      f" student ({config.vocab_size:,}), so what it says of a word means"
-      " another; give a teacher with the student's tokenizer."
-    )
-  if row_length > there.context_length:
-    raise errors.ConfigError(
-      f"{given} has a context of {there.context_length:,} tokens, but a row has"
-      f" {row_length:,}; use --config.data.sequence_length="
-      f"{there.context_length} or less."
-    )
-  if objective.top_k > there.vocab_size:
-    raise errors.ConfigError(
-      f"objective.top_k={objective.top_k} is more than the {there.vocab_size:,}"
-      " words that the teacher has; use less."
-    )
 
 
 def formatting(asked: experiment.Experiment) -> bool:
@@ -277,7 +149,9 @@ class Goal:
     objective = self._asked.objective
     if isinstance(objective, distill.Distill):
       if not objective.top_k:
-        self.frozen["teacher"] = self._load(objective.teacher, _TEACHER_KNOB)
+        self.frozen["teacher"] = self._load(
+          objective.teacher, compatibility.TEACHER_KNOB
+        )
         return
       rows = list(drawn)
       told = self._told(folder / TEACHER, rows, self._ask_teacher)
@@ -344,7 +218,7 @@ class Goal:
       return divergence.top(states, objective.top_k, objective.temperature)
 
     likeliest = self._everywhere(likeliest)
-    params = self._load(objective.teacher, _TEACHER_KNOB)
+    params = self._load(objective.teacher, compatibility.TEACHER_KNOB)
     for count, batch in self._batches(rows):
       found = jax.device_get(likeliest(params, batch))
       yield {n: a[:count] for n, a in found._asdict().items()}
@@ -389,7 +263,9 @@ def _inputs(batch):
 
 
 def _teacher(asked: experiment.Experiment, decoder):
-  config = checkpoint.read_config(asked.objective.teacher, _TEACHER_KNOB)
+  config = checkpoint.read_config(
+    asked.objective.teacher, compatibility.TEACHER_KNOB
+  )
   return decoder.clone(config=config)
 
 

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import checkpoint, errors, experiment, learning, text
+from llama_jax import (
+  checkpoint,
+  compatibility,
+  errors,
+  experiment,
+  learning,
+  text,
+)
 from llama_jax.checkpoint import adapters, names, proof, steps, store
 from llama_jax.data import batches as batches_lib
 from llama_jax.data import examples, sources
@@ -190,11 +197,11 @@ def set_up(asked: experiment.Experiment, folder: pathlib.Path) -> Run:
   )
 
   # The data: which rows step n reads follows from n alone.
-  learning.check(asked)
+  compatibility.check(asked)
   base = _base(asked, folder)
   ramp = experiment.make_ramp(asked, prepared and prepared.row_length)
-  experiment.check(asked, config, tokenizer, ramp, devices.size)
-  learning.check_second(asked, folder, config, tokenizer, ramp.row_length)
+  compatibility.check_model(asked, config, tokenizer, ramp, devices.size)
+  compatibility.check_second(asked, folder, config, tokenizer, ramp.row_length)
   if prepared is not None:
     _check_infilling(asked.data, prepared)
     rows, heldout = prepared.sources, prepared.heldout

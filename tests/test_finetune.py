@@ -7,7 +7,7 @@ import finetuning
 import numpy as np
 import pytest
 
-from llama_jax import errors, experiment, learning, shell
+from llama_jax import compatibility, errors, experiment, learning, shell
 from llama_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -272,7 +272,7 @@ def test_recipes_are_whole(recipe):
       config.data.text = "FILE"
     if config.objective.name == "distill":
       config.objective.teacher = "hf:DIR"
-    learning.check(experiment.read(config))
+    compatibility.check(experiment.read(config))
     # The docstring says where it is from and what to expect.
     for word in ("Source: arXiv:", "Expected:", f"{recipe.stem}.py"):
       assert word in source
@@ -355,7 +355,7 @@ def test_a_reference_has_no_words_of_its_own():
   config = shell.load_config(f"{ROOT / 'configs/finetune/llama3_dpo.py'}")
   config.init = "hf:x"
   config.data.text = "pairs.jsonl"
-  learning.check(experiment.read(config))
+  compatibility.check(experiment.read(config))
   config.model.vocab_size = 600
   with pytest.raises(errors.ConfigError, match=r"model\.vocab_size=600"):
-    learning.check(experiment.read(config))
+    compatibility.check(experiment.read(config))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llama_jax import checkpoint, experiment, learning, shell
+from llama_jax import checkpoint, compatibility, experiment, shell
 from llama_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_rewards_and_preferences(run_verbs, nano, data, tmp_path):
 def test_what_does_not_go_together_is_refused():
   config = shell.load_config(RECIPE)
   config.init, config.data.text = "hf:DIR", "FILE"
-  learning.check(experiment.read(config))
+  compatibility.check(experiment.read(config))
   cases = (
     ({"init": ""}, "--config.init=REF"),
     ({"model.vocab_size": 600}, "model.vocab_size=600"),
@@ -124,4 +124,4 @@ def test_what_does_not_go_together_is_refused():
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(knobs)
     with pytest.raises(ValueError, match=message):
-      learning.check(experiment.read(changed))
+      compatibility.check(experiment.read(changed))

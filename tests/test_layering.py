@@ -38,8 +38,17 @@ BELOW = {
     "shell",
     "training",
   },
+  "compatibility": {
+    "checkpoint",
+    "data",
+    "experiment",
+    "model",
+    "objectives",
+    "parallel",
+  },
   "learning": {
     "checkpoint",
+    "compatibility",
     "data",
     "decoding",
     "evals",
@@ -50,6 +59,7 @@ BELOW = {
   },
   "run": {
     "checkpoint",
+    "compatibility",
     "data",
     "decoding",
     "experiment",
@@ -66,6 +76,7 @@ TOP_NOUNS = {
   "__init__",
   "answers",
   "batch",
+  "compatibility",
   "completion",
   "errors",
   "experiment",
