@@ -137,7 +137,11 @@ def answer_file(sampling_config) -> None:
     ),
   )
   if output.whole:
-    print(f"{_OUT.value} is there already: nothing to do.")
+    batch.check_answered(pathlib.Path(_OUT.value), rows, settings)
+    print(
+      f"{_OUT.value} is there already, drawn as it was asked for then: nothing"
+      " to do."
+    )
     return
   output.check()
   config = engine_lib.EngineConfig(

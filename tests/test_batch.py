@@ -102,6 +102,24 @@ def test_rows_in_order_with_their_fields(llama, prompts, answered):
   assert len(set(texts)) > 20
 
 
+def test_a_whole_file_is_held_against_its_prompts(prompts, answered, tmp_path):
+  """Other prompts, other fields, another number of answers, no answers."""
+  rows, target = batch.read(prompts), tmp_path / "out.jsonl"
+  target.write_text("".join(json.dumps(row) + "\n" for row in answered))
+  batch.check_answered(target, rows, settings())
+  changed = [*rows[:4], rows[4] | {"id": "other"}, *rows[5:]]
+  for wanted, asked in (
+    (changed, settings()),
+    ([rows[1], rows[0], *rows[2:]], settings()),
+    (rows, settings(samples=3)),
+  ):
+    with pytest.raises(errors.UserError, match=r"--out=.* line \d+ of these"):
+      batch.check_answered(target, wanted, asked)
+  target.write_text("{}\n" * 40)
+  with pytest.raises(errors.UserError, match="line 1 of these"):
+    batch.check_answered(target, rows, settings())
+
+
 def test_each_row_as_if_it_were_alone(llama, prompts, tmp_path, answered):
   """The seed goes by the row's place, not by who shares its batch."""
   rows = batch.read(prompts)
