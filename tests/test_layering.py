@@ -70,6 +70,7 @@ BELOW = {
     "training",
   },
   "scoring": {"checkpoint", "data"},
+  "stages": {"checkpoint"},
   "__init__": {"llama", "text"},
 }
 TOP_NOUNS = {
@@ -85,6 +86,7 @@ TOP_NOUNS = {
   "run",
   "scoring",
   "shell",
+  "stages",
   "terminal",
 }
 VERBS = {p.stem for p in PACKAGE.glob("*.py")} - TOP_NOUNS

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from llama_jax import errors, quickstart
+from llama_jax import errors, quickstart, stages
 
 
 class Runner:
@@ -68,7 +68,7 @@ def start(tmp_path, monkeypatch):
   def begin(steps=None, weights=f"gguf:{weights}", runner=None):
     begin.runner = runner or Runner()
     monkeypatch.setattr(
-      quickstart, "run_command", lambda stage: begin.runner(stage)
+      stages, "run_command", lambda stage: begin.runner(stage)
     )
     return quickstart.run(workdir, steps, weights)
 
@@ -170,7 +170,7 @@ def test_other_weights_in_the_same_folder_are_refused(start, tmp_path):
   start()
   other = tmp_path / "other.gguf"
   other.write_bytes(b"")
-  with pytest.raises(errors.UserError, match="begun from other weights"):
+  with pytest.raises(errors.UserError, match="begun with another command"):
     start(weights=f"gguf:{other}")
   assert start() == 0
   assert start.runner.names == []
@@ -203,7 +203,7 @@ def test_a_workdir_that_cannot_be_made(start):
 
 
 def _stage(tmp_path, code):
-  return quickstart.Stage(
+  return stages.Stage(
     "it",
     "it",
     (tmp_path / "out.txt",),
@@ -213,11 +213,11 @@ def _stage(tmp_path, code):
 
 
 def test_captured_output_is_kept_only_when_whole(tmp_path):
-  assert quickstart.run_command(_stage(tmp_path, "print('all')")) == 0
+  assert stages.run_command(_stage(tmp_path, "print('all')")) == 0
   assert (tmp_path / "out.txt").read_text() == "all\n"
   (tmp_path / "out.txt").unlink()
   code = "print('half'); raise SystemExit(4)"
-  assert quickstart.run_command(_stage(tmp_path, code)) == 4
+  assert stages.run_command(_stage(tmp_path, code)) == 4
   assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +234,7 @@ def test_child_is_waited_for_when_interrupted(tmp_path):
     f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
     "time.sleep(20)\n"
   )
-  stage = quickstart.Stage("it", "it", (), ("-c", child))
+  stage = stages.Stage("it", "it", (), ("-c", child))
   ready = tmp_path / "ready"
 
   def press():  # as a terminal does: to the parent and to the child
@@ -246,7 +246,7 @@ def test_child_is_waited_for_when_interrupted(tmp_path):
 
   thread = threading.Thread(target=press)
   thread.start()
-  assert quickstart.run_command(stage) == 130
+  assert stages.run_command(stage) == 130
   thread.join()
   assert marker.read_text() == "saved"
 
