@@ -15,6 +15,9 @@ from llama_jax.training import metrics
 MOST_POINTS = 1500
 # Sources beyond this many would not be told apart.
 MOST_SOURCES = 10
+# Of the data's own words. A distilled student's held-out loss is this, not what
+# it minimises.
+_NLL = "nll"
 _PLAIN = (
   "loss",
   "learning_rate",
@@ -24,9 +27,10 @@ _PLAIN = (
   "sequence_length",
 )
 # What an objective tells, held out too; drawn where it does.
-_TOLD = ("accuracy", "margin", "kl")
+_TOLD = ("accuracy", "margin", "kl", _NLL)
 # What was held out was measured before the first step too, told with it.
 _BEFORE = "before/"
+_NONE = np.empty(0)
 _FAINT, _STRONG, _RED, _GRAY = "#9db8d9", "#1f4e8c", "#c0504d", "#8a8a8a"
 
 
@@ -43,7 +47,8 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
 
   # One source's loss is the loss.
   several = len(_named(columns)) > 1
-  told = [name for name in _TOLD if name in columns]
+  distilled = "kl" in columns
+  told = [n for n in _TOLD if n in columns and (n != _NLL or distilled)]
   heights = {
     _loss: 3.2,
     **({_by_name: 3.2} if several else {}),
@@ -181,12 +186,17 @@ def _dots(axes, columns, name, color, label) -> None:
   )
 
 
-def _zoom(axes, values: np.ndarray) -> None:
-  """Leaves spikes, and the first steps of a long run, above the picture."""
+def _zoom(axes, values: np.ndarray, kept: np.ndarray = _NONE) -> None:
+  """Leaves spikes, and the first steps of a long run, above the picture.
+
+  kept: what is shown whatever it is.
+  """
   values = values[np.isfinite(values)]
   if len(values) < 50:
     return
   low, high = np.percentile(values, (0, 98.5))
+  kept = [low, high, *kept[np.isfinite(kept)]]
+  low, high = min(kept), max(kept)
   room = 0.06 * max(high - low, 1e-6)
   axes.set_ylim(low - room, high + 2 * room)
 
@@ -202,9 +212,12 @@ def _loss(axes, columns) -> None:
     linewidth=1.8,
     label=f"mean of {width} steps",
   )
-  if "heldout_loss" in columns:
+  heldout = columns.get("heldout_loss", _NONE)
+  if len(heldout) and "kl" not in columns:
     _dots(axes, columns, "heldout_loss", _RED, "held out")
-  _zoom(axes, values)
+    _zoom(axes, values, heldout)
+  else:
+    _zoom(axes, values)
   unit = "pair" if "accuracy" in columns else "token"
   axes.set_ylabel(f"loss (nats per {unit})")
   axes.legend(frameon=False, loc="upper right")
@@ -241,8 +254,11 @@ def _told(name: str, axes, columns) -> None:
     axes.axhline(0.5, color=_GRAY, linewidth=0.8, linestyle=":")
   smooth = _mean(values, width)
   axes.plot(*_thin(steps, smooth), color=_STRONG, linewidth=1.5)
-  if f"heldout/{name}" in columns:
-    _dots(axes, columns, f"heldout/{name}", _RED, None)
+  heldout = "heldout_loss" if name == _NLL else f"heldout/{name}"
+  if heldout in columns:
+    _dots(axes, columns, heldout, _RED, "held out")
+    if name == _NLL:
+      axes.legend(frameon=False, loc="upper right")
   axes.set_ylabel(f"{name}\n(mean of {width})")
 
 

@@ -82,6 +82,25 @@ def test_what_an_objective_tells_gets_a_panel(tmp_path):
   assert count(drawn(tmp_path), RED) > count(marked, RED) + 50
 
 
+def test_a_students_held_out_loss_stands_beside_its_nll(tmp_path):
+  """Not beside what it minimises, which is another quantity."""
+  rows = [{"kl": 1.0 - i / 100, "nll": 4.0 - i / 60} for i in range(60)]
+  rows[-1] |= {"heldout_loss": 3.5}
+  run(tmp_path, rows)
+  student = drawn(tmp_path)
+  # Two panels more, and the dot is in the lower one.
+  top = int(student.shape[0] * 0.35)
+  assert not count(student[:top], RED) and count(student[top:], RED) > 5
+
+
+def test_a_held_out_loss_is_never_beyond_the_picture(tmp_path):
+  rows = [{"loss": 2.0 + i % 2 / 10} for i in range(60)]
+  rows[29] |= {"heldout_loss": 3.0}
+  rows[-1] |= {"heldout_loss": 3.1}
+  run(tmp_path, rows)
+  assert count(drawn(tmp_path), RED) > 100
+
+
 def test_rows_that_say_almost_nothing(tmp_path):
   """All losses not finite, or a run of an older version."""
   run(tmp_path, [{"loss": None, "grad_norm": None, "skipped": 3}] * 4)
