@@ -7,8 +7,8 @@
 Source: arXiv:2407.21783, 4.1.2: from the pretrained checkpoint, no margin, an
 edited answer above the chosen above the rejected; and 4.2.1: only what is rated
 better or significantly better (data.drop_ratings; what has no rating is kept).
-Not published: every number (Llama 2's here). The paper writes a prompt once before all its answers; here each answer
-has its own and none sees another.
+Not published: every number (Llama 2's here). The paper writes a prompt once
+before all its answers; here each answer has its own and none sees another.
 Expected: accuracy on held-out pairs above the 0.50 of chance. smollm2: 0.65
 after 150 steps on HH's harmless part.
 """
