@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from llama_jax import quickstart
+from llama_jax import quickstart, stages
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # In the order of a reader: a command may use what an earlier one made.
@@ -52,7 +52,7 @@ def clone(nano, tmp_path_factory, python_source, run_verbs) -> pathlib.Path:
     "--config.optimizer.peak_lr=3e-3",
   )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(quickstart, "run_command", fork)
+    patch.setattr(stages, "run_command", fork)
     assert quickstart.run(work, 40, f"hf:{nano}", train) == 0
   # Typed, the same finds all of it done.
   flags = [f"--workdir={work}", "--steps=40", f"--weights=hf:{nano}"]
