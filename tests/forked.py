@@ -96,7 +96,9 @@ class Forks:
 
   def finish(self) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the first job not yet asked for."""
-    code = int(self._process.stdout.readline())
+    answer = self._process.stdout.readline()
+    assert answer, f"the forking process died: {self._process.wait()}"
+    code = int(answer)
     said = [
       pathlib.Path(f"{self._folder}/{self._finished}.{kind}").read_text()
       for kind in ("out", "err")

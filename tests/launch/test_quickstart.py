@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import threading
@@ -225,13 +224,15 @@ def test_child_is_waited_for_when_interrupted(tmp_path):
   """Ctrl-C reaches both: the parent stays until the child has saved."""
   marker = tmp_path / "saved"
   child = (
-    "import pathlib, signal, time\n"
+    "import os, pathlib, signal, time\n"
     "def save(*_):\n"
     "  time.sleep(0.3)\n"
     f"  pathlib.Path({str(marker)!r}).write_text('saved')\n"
     "  raise SystemExit(130)\n"
     "signal.signal(signal.SIGINT, save)\n"
-    f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+    f"ready = pathlib.Path({str(tmp_path / 'ready')!r})\n"
+    "ready.with_suffix('.tmp').write_text(str(os.getpid()))\n"
+    "ready.with_suffix('.tmp').rename(ready)\n"
     "time.sleep(20)\n"
   )
   stage = stages.Stage("it", "it", (), ("-c", child))
@@ -240,8 +241,8 @@ def test_child_is_waited_for_when_interrupted(tmp_path):
   def press():  # as a terminal does: to the parent and to the child
     while not ready.exists():
       time.sleep(0.01)
-    for pid in _children():
-      os.kill(pid, signal.SIGINT)
+    # Not to all children: the process that other tests talk to is one.
+    os.kill(int(ready.read_text()), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
 
   thread = threading.Thread(target=press)
@@ -249,17 +250,6 @@ def test_child_is_waited_for_when_interrupted(tmp_path):
   assert stages.run_command(stage) == 130
   thread.join()
   assert marker.read_text() == "saved"
-
-
-def _children():
-  listed = pathlib.Path(f"/proc/{os.getpid()}/task")
-  if not listed.exists():
-    pytest.skip("no /proc on this system")
-  return [
-    int(pid)
-    for task in listed.iterdir()
-    for pid in (task / "children").read_text().split()
-  ]
 
 
 def test_columns_keep_lines_and_fit_the_terminal():
