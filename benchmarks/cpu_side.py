@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from llama_jax import errors
+from llama_jax import errors, huge_pages
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -71,6 +71,8 @@ def start_worker(python: str, script: pathlib.Path) -> Iterator[Worker]:
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
   }
+  # As our verbs start themselves; the other libraries are given them too.
+  environment |= huge_pages.environment()
   if python == sys.executable:
     paths = [str(HERE.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

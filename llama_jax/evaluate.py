@@ -11,6 +11,11 @@ bytes, bytes_per_token and each document's losses. --score adds a reward to each
 conversation, or to each of a row's completions (scoring.py).
 """
 
+if __name__ == "__main__":
+  from llama_jax import huge_pages
+
+  huge_pages.ask("llama_jax.evaluate")
+
 import json
 import pathlib
 

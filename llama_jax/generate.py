@@ -18,6 +18,11 @@ of --out keep their fields and add `completions`. Typed again it goes on where
 it was stopped, and several processes share one file.
 """
 
+if __name__ == "__main__":
+  from llama_jax import huge_pages
+
+  huge_pages.ask("llama_jax.generate")
+
 import pathlib
 import sys
 

@@ -13,6 +13,11 @@ metrics.jsonl has of every step; it writes nothing.
 Exit codes beside those of shell.py: 3, too many steps in a row were left out.
 """
 
+if __name__ == "__main__":
+  from llama_jax import huge_pages
+
+  huge_pages.ask("llama_jax.train")
+
 import contextlib
 import functools
 import json

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "llama_jax"
 # room -> what of ours it may import, besides itself and errors.
 BELOW = {
   "errors": set(),
+  "huge_pages": set(),
   "text": set(),
   "parallel": set(),
   "kernels": set(),
@@ -81,6 +82,7 @@ TOP_NOUNS = {
   "completion",
   "errors",
   "experiment",
+  "huge_pages",
   "learning",
   "llama",
   "run",
