@@ -5,7 +5,8 @@
 
 One model, one shape of batch, the update that `llama_jax.train` compiles: of
 pretraining, SFT, a reward model, DPO with cached and with live reference. They
-take turns; a token counts if it is not padding. On a CPU the rate over
+take turns; a token counts if it is not padding, of which pairs leave more than
+documents do (how full the rows are is told). On a CPU the rate over
 pretraining's is told by CPU time too, which other work on the machine, or a
 host that gives its cores to others, moves less than the clock. The data are the
 docstrings of this Python's standard library, as documents, as answers to a
@@ -139,11 +140,13 @@ class Side:
   step: int = 0
   rates: list[float] = dataclasses.field(default_factory=list)
   cpu_rates: list[float] = dataclasses.field(default_factory=list)
+  filled: list[float] = dataclasses.field(default_factory=list)
 
   def once(self) -> None:
     """One update; its rates are noted, in tokens a second (of CPU time)."""
     batch = self.run.batches.get(self.step)
     tokens = int(np.count_nonzero(batch["segments"]))
+    self.filled.append(tokens / batch["segments"].size)
     batch = self.run.put(self.step, batch)
     began, worked = time.perf_counter(), time.process_time()
     with jax.set_mesh(self.run.devices):
@@ -196,14 +199,15 @@ def measure(plan: Plan) -> dict[str, dict]:
       for side in sides.values():
         side.once()
         if not turn:
-          side.rates.clear()
-          side.cpu_rates.clear()
+          for noted in (side.rates, side.cpu_rates, side.filled):
+            noted.clear()
   found = {name: {"memory_bytes": s.memory} for name, s in sides.items()}
   for name, side in sides.items() if plan.rounds else ():
     plain = sides["pretraining"]
     told = {
       "tokens_per_second": side.rates,
       "of_pretraining": _ratio(side.rates, plain.rates),
+      "filled": statistics.mean(side.filled),
     }
     shown = f"{told['of_pretraining']:.3f} of pretraining's"
     if jax.default_backend() == "cpu":
@@ -214,7 +218,11 @@ def measure(plan: Plan) -> dict[str, dict]:
       shown += f", {told['of_pretraining_by_cpu_time']:.3f} by CPU time"
     found[name] |= told
     rate = statistics.median(side.rates)
-    print(f"rate        {name:12} {rate:,.1f} tokens/s, {shown}", flush=True)
+    print(
+      f"rate        {name:12} {rate:,.1f} tokens/s, {shown}; rows"
+      f" {told['filled']:.0%} full",
+      flush=True,
+    )
   return found
 
 

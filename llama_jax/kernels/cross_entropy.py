@@ -84,23 +84,56 @@ def _losses(x_BTD, head, targets_BT, tied):
     log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     return None, (log_sum_BC - pick(logits_BCV, targets_BC), log_sum_BC)
 
-  # Where it is differentiated, a chunk's logits are made again and not kept.
-  body = jax.checkpoint(one, prevent_cse=False)
-  _, each = jax.lax.scan(body, None, cut_chunks(x_BTD, targets_BT))
+  _, each = jax.lax.scan(one, None, cut_chunks(x_BTD, targets_BT))
   return tuple(join_chunks(a, x_BTD.shape[1]) for a in each)
+
+
+def _less_target(probs_BCV, targets_BC):
+  """Probabilities less 1 at the target: the gradient of nll by the logits."""
+  words_BCV = jax.lax.broadcasted_iota(jnp.int32, probs_BCV.shape, 2)
+  return probs_BCV - (words_BCV == targets_BC[..., None]).astype(jnp.float32)
 
 
 def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
   return jnp.sum(weights_BT * (nll_BT + z_loss * log_sum_BT**2))
 
 
-def token_nll(x_BTD, head, targets_BT, *, tied: bool) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_nll(x_BTD, head, targets_BT, tied: bool) -> jax.Array:
   """Negative log-likelihood of each target in nats, float32 [B, T].
 
   For losses in which a token's weight hangs on other tokens. Its gradient takes
-  four matrix products where loss_sum's takes three.
+  four matrix products where loss_sum's takes three: a chunk's logits are made
+  again, with the sums of their softmax kept.
   """
   return _losses(x_BTD, head, targets_BT, tied)[0]
+
+
+def _nll_forward(x_BTD, head, targets_BT, tied):
+  nll_BT, log_sum_BT = _losses(x_BTD, head, targets_BT, tied)
+  return nll_BT, (x_BTD, head, targets_BT, log_sum_BT)
+
+
+def _nll_backward(tied, residuals, d_nll_BT):
+  x_BTD, head, targets_BT, log_sum_BT = residuals
+
+  def one(d_head, chunk):
+    x_BCD, targets_BC, log_sum_BC, d_nll_BC = chunk
+    logits_BCV = project(x_BCD, head, tied=tied)
+    probs_BCV = jnp.exp(logits_BCV - log_sum_BC[..., None])
+    d_BCV = _less_target(probs_BCV, targets_BC) * d_nll_BC[..., None]
+    d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
+    return d_head + by_head, d_x_BCD
+
+  d_head, d_x = jax.lax.scan(
+    one,
+    jnp.zeros(head.shape, jnp.float32),
+    cut_chunks(x_BTD, targets_BT, log_sum_BT, d_nll_BT),
+  )
+  return join_chunks(d_x, x_BTD.shape[1]), d_head.astype(head.dtype), None
+
+
+token_nll.defvjp(_nll_forward, _nll_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -144,9 +177,7 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
     # What the loss moves by with log_sum, whose gradient is the probability.
     slope_BC = 1 + 2 * z_loss * log_sum_BC
     probs_BCV = exps_BCV * (slope_BC / sum_BC)[..., None]
-    words_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
-    hit_BCV = (words_BCV == targets_BC[..., None]).astype(jnp.float32)
-    d_BCV = (probs_BCV - hit_BCV) * weights_BC[..., None]
+    d_BCV = _less_target(probs_BCV, targets_BC) * weights_BC[..., None]
     d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
     d_head = d_head + by_head
     return d_head, (d_x_BCD, nll_BC, log_sum_BC)

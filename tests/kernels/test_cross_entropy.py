@@ -79,6 +79,22 @@ def test_value_and_gradients(small_chunks, B, T, tied):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 5), (9, 4)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_each_token(small_chunks, B, T, tied):
+  """Weights that are known only once all tokens are."""
+  x, head, targets, weights = case = make_case(B, T, tied)
+
+  def total(x, head):
+    return (weights * cross_entropy.token_nll(x, head, targets, tied)).sum()
+
+  value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(x, head)
+  _, want, want_gradients = numpy_loss(*case, tied)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  for ours, theirs in zip(gradients, want_gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 # 0.1 is a thousand times what is usual: the squares are half of the loss.
 @pytest.mark.parametrize(
   "tied, z_loss", [(True, 0.0), (True, 0.1), (False, 0.1)]
