@@ -237,7 +237,6 @@ class Benchmark:
             self._check_step(f"first {name}", first)
           for side in SIDES:
             step(side, "bfloat16")
-
         turns = self._take_turns(step, settle=True)
         self._add(
           name,

@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from llama_jax import huge_pages
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -101,11 +103,11 @@ def describe_source() -> str | None:
 
 
 def describe_environment() -> dict[str, str]:
-  """The variables that change what libraries do."""
+  """The variables that change what libraries do, as workers have them."""
   named = ("XLA_FLAGS", "JAX_", "OMP_", "MKL_", "GLIBC_", "MALLOC_", "LD_PRE")
   return {
     name: value
-    for name, value in sorted(os.environ.items())
+    for name, value in sorted((os.environ | huge_pages.environment()).items())
     if name.startswith(named)
   }
 

@@ -62,6 +62,12 @@ def pick(logits_BCV, targets_BC):
   return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
+def less_target(probs_BCV, targets_BC):
+  """Probabilities less 1 at the target: the gradient of nll by the logits."""
+  words_BCV = jax.lax.broadcasted_iota(jnp.int32, probs_BCV.shape, 2)
+  return probs_BCV - (words_BCV == targets_BC[..., None]).astype(jnp.float32)
+
+
 def pull_back(d_BCV, x_BCD, head, tied) -> tuple[jax.Array, jax.Array]:
   """A chunk's gradients by x (x's dtype) and head (float32), from the logits'.
 
@@ -86,12 +92,6 @@ def _losses(x_BTD, head, targets_BT, tied):
 
   _, each = jax.lax.scan(one, None, cut_chunks(x_BTD, targets_BT))
   return tuple(join_chunks(a, x_BTD.shape[1]) for a in each)
-
-
-def _less_target(probs_BCV, targets_BC):
-  """Probabilities less 1 at the target: the gradient of nll by the logits."""
-  words_BCV = jax.lax.broadcasted_iota(jnp.int32, probs_BCV.shape, 2)
-  return probs_BCV - (words_BCV == targets_BC[..., None]).astype(jnp.float32)
 
 
 def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
@@ -121,7 +121,7 @@ def _nll_backward(tied, residuals, d_nll_BT):
     x_BCD, targets_BC, log_sum_BC, d_nll_BC = chunk
     logits_BCV = project(x_BCD, head, tied=tied)
     probs_BCV = jnp.exp(logits_BCV - log_sum_BC[..., None])
-    d_BCV = _less_target(probs_BCV, targets_BC) * d_nll_BC[..., None]
+    d_BCV = less_target(probs_BCV, targets_BC) * d_nll_BC[..., None]
     d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
     return d_head + by_head, d_x_BCD
 
@@ -177,7 +177,7 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
     # What the loss moves by with log_sum, whose gradient is the probability.
     slope_BC = 1 + 2 * z_loss * log_sum_BC
     probs_BCV = exps_BCV * (slope_BC / sum_BC)[..., None]
-    d_BCV = _less_target(probs_BCV, targets_BC) * weights_BC[..., None]
+    d_BCV = less_target(probs_BCV, targets_BC) * weights_BC[..., None]
     d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
     d_head = d_head + by_head
     return d_head, (d_x_BCD, nll_BC, log_sum_BC)

@@ -175,9 +175,8 @@ def _losses(logits_BCV, targets_BC, teacher, mixture):
   told["nll"] = nll_BC = -cross_entropy.pick(logprobs_BCV, targets_BC)
   terms = []
   if data:
-    words_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
-    hit_BCV = (words_BCV == targets_BC[..., None]).astype(jnp.float32)
-    terms.append((data, nll_BC, probs_BCV - hit_BCV))
+    d_BCV = cross_entropy.less_target(probs_BCV, targets_BC)
+    terms.append((data, nll_BC, d_BCV))
   for name, weight in (("forward", forward), ("reverse", reverse)):
     if weight:
       each_BC, d_BCV = found[name]
