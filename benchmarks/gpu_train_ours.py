@@ -219,7 +219,7 @@ class Training:
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.kernels import cross_entropy
+    from llama_jax.kernels import chunks, platform
     from llama_jax.model import decoder as decoder_lib
     from llama_jax.objectives import next_token
     from llama_jax.parallel import mesh
@@ -237,7 +237,7 @@ class Training:
       **work.OPTIMIZER,
     )
     if policy["loss_chunk"]:
-      cross_entropy.CHUNK_TOKENS = policy["loss_chunk"]
+      chunks.TOKENS[platform()] = policy["loss_chunk"]
     self._microbatch = policy["microbatch"]
     self._rate = np.float32(learning_rate or recipe.peak_lr)
     self._mesh = mesh.make(

@@ -271,6 +271,8 @@ def _teacher(asked: experiment.Experiment, decoder):
 
 def _make(asked: experiment.Experiment, decoder, num_sources: int) -> Callable:
   objective = asked.objective
+  # Of a conversation the answers alone are trained.
+  sparse = asked.data.form != batches_lib.DOCUMENTS
   if isinstance(objective, reward.Reward):
     rewards = functools.partial(_apply, decoder, "rewards")
     return reward.make(objective, rewards)
@@ -292,11 +294,16 @@ def _make(asked: experiment.Experiment, decoder, num_sources: int) -> Callable:
         return _apply(there, "states", frozen["teacher"], *_inputs(batch))
 
     return distill.make(
-      objective, student, teacher, divergence.loss_sum, num_sources
+      objective,
+      student,
+      teacher,
+      functools.partial(divergence.loss_sum, sparse=sparse),
+      num_sources,
     )
 
   def loss_sum(params, *args):
-    return _apply(decoder, "loss_sum", params, *args, asked.training.z_loss)
+    z_loss = asked.training.z_loss
+    return _apply(decoder, "loss_sum", params, *args, z_loss, sparse)
 
   return next_token.make(loss_sum, num_sources)
 

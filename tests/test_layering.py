@@ -15,7 +15,7 @@ BELOW = {
   "huge_pages": set(),
   "text": set(),
   "parallel": set(),
-  "kernels": set(),
+  "kernels": {"parallel"},
   "objectives": set(),
   "data": {"text"},
   "model": {"kernels", "parallel"},

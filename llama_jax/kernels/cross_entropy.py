@@ -12,133 +12,113 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels import int8, matmul
-
-# Tokens (of all rows together) whose logits exist at once.
-CHUNK_TOKENS = 512
+from llama_jax.kernels import chunks, int8, matmul
 
 
-def project(x_BTD, head, *, tied: bool) -> jax.Array:
-  """Logits [B, T, V] in float32. head is [V, D] when tied, else [D, V].
+def project(x, head, *, tied: bool) -> jax.Array:
+  """Logits [..., V] in float32 of x [..., D].
 
-  A tied one may be quantized (kernels/int8.py).
+  head is [V, D] when tied, else [D, V]. A tied one may be quantized
+  (kernels/int8.py).
   """
-  B, T, D = x_BTD.shape
-  x_tD = x_BTD.reshape(B * T, D)
+  x_tD = x.reshape(-1, x.shape[-1])
   if isinstance(head, int8.Quantized):
     logits_tV = int8.matmul(x_tD, head)
   elif tied:
-    logits_tV = matmul.product_rows(x_tD, head.astype(x_BTD.dtype))
+    logits_tV = matmul.product_rows(x_tD, head.astype(x.dtype))
   else:
-    logits_tV = matmul.product(x_tD, head.astype(x_BTD.dtype), 1, 0)
-  return logits_tV.reshape(B, T, -1)
+    logits_tV = matmul.product(x_tD, head.astype(x.dtype), 1, 0)
+  return logits_tV.reshape(*x.shape[:-1], -1)
 
 
-def cut_chunks(x_BTD, *others_BT):
-  """Cuts [B, T, ...] along T into a leading axis of chunks, padded by zeros.
-
-  Along T and not along tokens, so that a batch sharded on B stays in place.
-  """
-  B, T = x_BTD.shape[:2]
-  size = min(T, max(1, CHUNK_TOKENS // B))
-  count = -(-T // size)
-
-  def cut(a):
-    pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (a.ndim - 2)
-    a = jnp.pad(a, pad).reshape(B, count, size, *a.shape[2:])
-    return jnp.moveaxis(a, 1, 0)
-
-  return tuple(cut(a) for a in (x_BTD, *others_BT))
+def pick(logits_CV, targets_C):
+  """The logit of each target, [C]."""
+  return jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
 
 
-def join_chunks(chunks, T):
-  """The inverse of cut_chunks for one array."""
-  joined = jnp.moveaxis(chunks, 0, 1)
-  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :T]
-
-
-def pick(logits_BCV, targets_BC):
-  """The logit of each target, [B, C]."""
-  return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-
-
-def less_target(probs_BCV, targets_BC):
+def less_target(probs_CV, targets_C):
   """Probabilities less 1 at the target: the gradient of nll by the logits."""
-  words_BCV = jax.lax.broadcasted_iota(jnp.int32, probs_BCV.shape, 2)
-  return probs_BCV - (words_BCV == targets_BC[..., None]).astype(jnp.float32)
+  words_CV = jax.lax.broadcasted_iota(jnp.int32, probs_CV.shape, 1)
+  return probs_CV - (words_CV == targets_C[:, None]).astype(jnp.float32)
 
 
-def pull_back(d_BCV, x_BCD, head, tied) -> tuple[jax.Array, jax.Array]:
+def pull_back(d_CV, x_CD, head, tied) -> tuple[jax.Array, jax.Array]:
   """A chunk's gradients by x (x's dtype) and head (float32), from the logits'.
 
   All products give float32 (kernels/matmul.py says why).
   """
-  B, C, D = x_BCD.shape
-  d_tV = d_BCV.astype(x_BCD.dtype).reshape(B * C, -1)
-  x_tD = x_BCD.reshape(B * C, D)
-  d_x_tD = matmul.product(d_tV, head.astype(x_BCD.dtype), 1, 0 if tied else 1)
-  d_head = matmul.product(*((d_tV, x_tD) if tied else (x_tD, d_tV)), 0, 0)
-  return d_x_tD.astype(x_BCD.dtype).reshape(B, C, D), d_head
+  d_CV = d_CV.astype(x_CD.dtype)
+  d_x_CD = matmul.product(d_CV, head.astype(x_CD.dtype), 1, 0 if tied else 1)
+  d_head = matmul.product(*((d_CV, x_CD) if tied else (x_CD, d_CV)), 0, 0)
+  return d_x_CD.astype(x_CD.dtype), d_head
 
 
-def _losses(x_BTD, head, targets_BT, tied):
+def _losses(x_BTD, head, targets_BT, wanted_BT, tied):
   """Each target's nll and the log of its softmax's sum, float32 [B, T]."""
 
-  def one(_, chunk):
-    x_BCD, targets_BC = chunk
-    logits_BCV = project(x_BCD, head, tied=tied)
-    log_sum_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    return None, (log_sum_BC - pick(logits_BCV, targets_BC), log_sum_BC)
+  def one(head, chunk):
+    x_CD, targets_C = chunk
+    logits_CV = project(x_CD, head, tied=tied)
+    log_sum_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    return None, (log_sum_C - pick(logits_CV, targets_C), log_sum_C)
 
-  _, each = jax.lax.scan(one, None, cut_chunks(x_BTD, targets_BT))
-  return tuple(join_chunks(a, x_BTD.shape[1]) for a in each)
+  return chunks.over(one, head, (x_BTD, targets_BT), wanted_BT)[1]
 
 
 def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
   return jnp.sum(weights_BT * (nll_BT + z_loss * log_sum_BT**2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_nll(x_BTD, head, targets_BT, tied: bool) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_nll(x_BTD, head, targets_BT, wanted_BT, tied: bool) -> jax.Array:
   """Negative log-likelihood of each target in nats, float32 [B, T].
 
   For losses in which a token's weight hangs on other tokens. Its gradient takes
   four matrix products where loss_sum's takes three: a chunk's logits are made
   again, with the sums of their softmax kept.
+
+  wanted_BT is bool, or None for all tokens: what is not wanted is 0, and costs
+  nothing where whole chunks of it can be left out.
   """
-  return _losses(x_BTD, head, targets_BT, tied)[0]
+  return _losses(x_BTD, head, targets_BT, wanted_BT, tied)[0]
 
 
-def _nll_forward(x_BTD, head, targets_BT, tied):
-  nll_BT, log_sum_BT = _losses(x_BTD, head, targets_BT, tied)
-  return nll_BT, (x_BTD, head, targets_BT, log_sum_BT)
+def _nll_forward(x_BTD, head, targets_BT, wanted_BT, tied):
+  nll_BT, log_sum_BT = _losses(x_BTD, head, targets_BT, wanted_BT, tied)
+  return nll_BT, (x_BTD, head, targets_BT, wanted_BT, log_sum_BT)
 
 
 def _nll_backward(tied, residuals, d_nll_BT):
-  x_BTD, head, targets_BT, log_sum_BT = residuals
+  x_BTD, head, targets_BT, wanted_BT, log_sum_BT = residuals
+  if wanted_BT is not None:
+    d_nll_BT = jnp.where(wanted_BT, d_nll_BT, 0)
 
-  def one(d_head, chunk):
-    x_BCD, targets_BC, log_sum_BC, d_nll_BC = chunk
-    logits_BCV = project(x_BCD, head, tied=tied)
-    probs_BCV = jnp.exp(logits_BCV - log_sum_BC[..., None])
-    d_BCV = less_target(probs_BCV, targets_BC) * d_nll_BC[..., None]
-    d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
-    return d_head + by_head, d_x_BCD
+  def one(head, chunk):
+    x_CD, targets_C, log_sum_C, d_nll_C = chunk
+    logits_CV = project(x_CD, head, tied=tied)
+    probs_CV = jnp.exp(logits_CV - log_sum_C[:, None])
+    d_CV = less_target(probs_CV, targets_C) * d_nll_C[:, None]
+    d_x_CD, d_head = pull_back(d_CV, x_CD, head, tied)
+    return d_head, d_x_CD
 
-  d_head, d_x = jax.lax.scan(
-    one,
-    jnp.zeros(head.shape, jnp.float32),
-    cut_chunks(x_BTD, targets_BT, log_sum_BT, d_nll_BT),
+  d_head, d_x_BTD = chunks.over(
+    one, head, (x_BTD, targets_BT, log_sum_BT, d_nll_BT), wanted_BT
   )
-  return join_chunks(d_x, x_BTD.shape[1]), d_head.astype(head.dtype), None
+  return d_x_BTD, d_head.astype(head.dtype), None, None
 
 
 token_nll.defvjp(_nll_forward, _nll_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def loss_sum(
-  x_BTD, head, targets_BT, weights_BT, tied: bool, z_loss: float
+  x_BTD,
+  head,
+  targets_BT,
+  weights_BT,
+  tied: bool,
+  z_loss: float,
+  sparse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Sum of weight * (nll + z_loss * log_sum^2) over tokens, and each nll.
 
@@ -152,49 +132,55 @@ def loss_sum(
     weights_BT: float32; 0 leaves a token out. Not differentiated.
     tied: which way head lies.
     z_loss: a Python number; 0 for the plain loss.
+    sparse: tokens of weight 0 have no logits made, and nll 0: worth it where
+      they are many.
 
   Returns:
     The sum, float32, and token_nll's [B, T], which passes no gradient on. Both
     in nats.
   """
-  nll_BT, log_sum_BT = _losses(x_BTD, head, targets_BT, tied)
+  nll_BT, log_sum_BT = _losses(
+    x_BTD, head, targets_BT, weighted(weights_BT, sparse), tied
+  )
   return _total(nll_BT, log_sum_BT, weights_BT, z_loss), nll_BT
 
 
-def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss):
-  def one(d_head, chunk):
-    x_BCD, targets_BC, weights_BC = chunk
-    logits_BCV = project(x_BCD, head, tied=tied)
+def weighted(weights_BT, sparse: bool):
+  """What chunks.over wants of tokens with these weights."""
+  return weights_BT != 0 if sparse else None
+
+
+def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss, sparse):
+  def one(head, chunk):
+    x_CD, targets_C, weights_C = chunk
+    logits_CV = project(x_CD, head, tied=tied)
     # One exponential for the loss and for its gradient: without the barrier
     # XLA computes it twice (1.4x on this function in bfloat16 on CPU).
-    most_BC = jnp.max(logits_BCV, axis=-1)
-    exps_BCV = jax.lax.optimization_barrier(
-      jnp.exp(logits_BCV - most_BC[..., None])
-    )
-    sum_BC = jnp.sum(exps_BCV, axis=-1)
-    log_sum_BC = jnp.log(sum_BC) + most_BC
-    nll_BC = log_sum_BC - pick(logits_BCV, targets_BC)
+    most_C = jnp.max(logits_CV, axis=-1)
+    exps_CV = jax.lax.optimization_barrier(jnp.exp(logits_CV - most_C[:, None]))
+    sum_C = jnp.sum(exps_CV, axis=-1)
+    log_sum_C = jnp.log(sum_C) + most_C
+    nll_C = log_sum_C - pick(logits_CV, targets_C)
     # What the loss moves by with log_sum, whose gradient is the probability.
-    slope_BC = 1 + 2 * z_loss * log_sum_BC
-    probs_BCV = exps_BCV * (slope_BC / sum_BC)[..., None]
-    d_BCV = less_target(probs_BCV, targets_BC) * weights_BC[..., None]
-    d_x_BCD, by_head = pull_back(d_BCV, x_BCD, head, tied)
-    d_head = d_head + by_head
-    return d_head, (d_x_BCD, nll_BC, log_sum_BC)
+    slope_C = 1 + 2 * z_loss * log_sum_C
+    probs_CV = exps_CV * (slope_C / sum_C)[:, None]
+    d_CV = less_target(probs_CV, targets_C) * weights_C[:, None]
+    d_x_CD, d_head = pull_back(d_CV, x_CD, head, tied)
+    return d_head, (d_x_CD, nll_C, log_sum_C)
 
-  d_head, each = jax.lax.scan(
+  d_head, (d_x_BTD, nll_BT, log_sum_BT) = chunks.over(
     one,
-    jnp.zeros(head.shape, jnp.float32),
-    cut_chunks(x_BTD, targets_BT, weights_BT),
+    head,
+    (x_BTD, targets_BT, weights_BT),
+    weighted(weights_BT, sparse),
   )
-  d_x_BTD, nll_BT, log_sum_BT = (join_chunks(a, x_BTD.shape[1]) for a in each)
   total = _total(nll_BT, log_sum_BT, weights_BT, z_loss)
   # An empty array carries the head's dtype, which a residual cannot.
   return (total, nll_BT), (d_x_BTD, d_head, jnp.zeros((0,), head.dtype))
 
 
-def _loss_backward(tied, z_loss, residuals, cotangents):
-  del tied, z_loss
+def _loss_backward(tied, z_loss, sparse, residuals, cotangents):
+  del tied, z_loss, sparse
   d_x_BTD, d_head, head_like = residuals
   cotangent, _ = cotangents
   return (

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import errors
-from llama_jax.kernels import cross_entropy
+from llama_jax.kernels import chunks, cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -75,160 +75,151 @@ class Mixture(NamedTuple):
   temperature: float
 
 
-def _without(values_BCV, ids_BCk):
+def _without(values_CV, ids_Ck):
   """The same with -inf at these words."""
-  return jnp.put_along_axis(
-    values_BCV, ids_BCk, -jnp.inf, axis=-1, inplace=False
-  )
+  return jnp.put_along_axis(values_CV, ids_Ck, -jnp.inf, axis=-1, inplace=False)
 
 
 def top(teacher: States, k: int, temperature: float) -> Top:
   """What is to be stored of a teacher; ids int32, the others float32."""
 
-  def one(_, chunk):
-    (x_BCD,) = chunk
-    logits_BCV = cross_entropy.project(x_BCD, teacher.head, tied=teacher.tied)
-    if k > logits_BCV.shape[-1]:
+  def one(head, x_CD):
+    logits_CV = cross_entropy.project(x_CD, head, tied=teacher.tied)
+    if k > logits_CV.shape[-1]:
       raise errors.ConfigError(
-        f"objective.top_k={k} is more than the {logits_BCV.shape[-1]} words of"
+        f"objective.top_k={k} is more than the {logits_CV.shape[-1]} words of"
         " objective.teacher; use fewer, or 0 for a live teacher."
       )
-    scaled_BCV = logits_BCV / temperature
-    log_sum_BC1 = jax.nn.logsumexp(scaled_BCV, axis=-1, keepdims=True)
-    best_BCk, ids_BCk = jax.lax.top_k(scaled_BCV, k)
+    scaled_CV = logits_CV / temperature
+    log_sum_C1 = jax.nn.logsumexp(scaled_CV, axis=-1, keepdims=True)
+    best_Ck, ids_Ck = jax.lax.top_k(scaled_CV, k)
     # Not 1 - sum: that would leave rounding where little is left.
-    others_BC = jax.nn.logsumexp(_without(scaled_BCV, ids_BCk), axis=-1)
-    rest_BC = jnp.exp(others_BC - log_sum_BC1[..., 0])
-    return None, (ids_BCk, best_BCk - log_sum_BC1, rest_BC)
+    others_C = jax.nn.logsumexp(_without(scaled_CV, ids_Ck), axis=-1)
+    rest_C = jnp.exp(others_C - log_sum_C1[..., 0])
+    return None, (ids_Ck, best_Ck - log_sum_C1, rest_C)
 
-  _, each = jax.lax.scan(one, None, cross_entropy.cut_chunks(teacher.x_BTD))
-  T = teacher.x_BTD.shape[1]
-  return Top(*(cross_entropy.join_chunks(a, T) for a in each))
+  return Top(*chunks.over(one, teacher.head, teacher.x_BTD)[1])
 
 
-def _softmax(logits_BCV, temperature):
+def _softmax(logits_CV, temperature):
   """Probabilities of logits / temperature, and their logarithms."""
-  scaled_BCV = logits_BCV / temperature
-  most_BC1 = jnp.max(scaled_BCV, axis=-1, keepdims=True)
+  scaled_CV = logits_CV / temperature
+  most_C1 = jnp.max(scaled_CV, axis=-1, keepdims=True)
   # One exponential for all that needs it, as in cross_entropy.loss_sum.
-  exps_BCV = jax.lax.optimization_barrier(jnp.exp(scaled_BCV - most_BC1))
-  sum_BC1 = jnp.sum(exps_BCV, axis=-1, keepdims=True)
-  return exps_BCV / sum_BC1, scaled_BCV - (most_BC1 + jnp.log(sum_BC1))
+  exps_CV = jax.lax.optimization_barrier(jnp.exp(scaled_CV - most_C1))
+  sum_C1 = jnp.sum(exps_CV, axis=-1, keepdims=True)
+  return exps_CV / sum_C1, scaled_CV - (most_C1 + jnp.log(sum_C1))
 
 
-def _from_states(q_BCV, log_q_BCV, teacher: States, temperature):
+def _from_states(q_CV, log_q_CV, teacher: States, temperature):
   """name -> divergence [B, C], its gradient by the student's scaled logits."""
-  logits_BCV = cross_entropy.project(
+  logits_CV = cross_entropy.project(
     teacher.x_BTD, teacher.head, tied=teacher.tied
   )
-  if logits_BCV.shape != q_BCV.shape:
+  if logits_CV.shape != q_CV.shape:
     raise errors.ConfigError(
-      f"objective.teacher has {logits_BCV.shape[-1]} words and the model"
-      f" {q_BCV.shape[-1]}; use a teacher of the same tokenizer and vocabulary."
+      f"objective.teacher has {logits_CV.shape[-1]} words and the model"
+      f" {q_CV.shape[-1]}; use a teacher of the same tokenizer and vocabulary."
     )
-  p_BCV, log_p_BCV = _softmax(logits_BCV, temperature)
-  gap_BCV = log_p_BCV - log_q_BCV
-  forward_BC = jnp.sum(p_BCV * gap_BCV, axis=-1)
-  reverse_BC = -jnp.sum(q_BCV * gap_BCV, axis=-1)
+  p_CV, log_p_CV = _softmax(logits_CV, temperature)
+  gap_CV = log_p_CV - log_q_CV
+  forward_C = jnp.sum(p_CV * gap_CV, axis=-1)
+  reverse_C = -jnp.sum(q_CV * gap_CV, axis=-1)
   return {
-    "forward": (forward_BC, q_BCV - p_BCV),
-    "reverse": (reverse_BC, -q_BCV * (gap_BCV + reverse_BC[..., None])),
+    "forward": (forward_C, q_CV - p_CV),
+    "reverse": (reverse_C, -q_CV * (gap_CV + reverse_C[..., None])),
   }
 
 
-def _from_top(q_BCV, log_q_BCV, teacher: Top):
+def _from_top(q_CV, log_q_CV, teacher: Top):
   """The same for a stored teacher, which knows no reverse divergence."""
-  ids_BCk, logprobs_BCk, rest_BC = teacher
-  p_BCk = jnp.exp(logprobs_BCk.astype(jnp.float32))
-  rest_BC1 = rest_BC.astype(jnp.float32)[..., None]
-  others_BCV = _without(log_q_BCV, ids_BCk)
+  ids_Ck, logprobs_Ck, rest_C = teacher
+  p_Ck = jnp.exp(logprobs_Ck.astype(jnp.float32))
+  rest_C1 = rest_C.astype(jnp.float32)[..., None]
+  others_CV = _without(log_q_CV, ids_Ck)
   # Finite where no word is left, so that 0 times it is 0.
-  others_BC1 = jnp.maximum(
-    jax.nn.logsumexp(others_BCV, axis=-1, keepdims=True),
+  others_C1 = jnp.maximum(
+    jax.nn.logsumexp(others_CV, axis=-1, keepdims=True),
     jnp.finfo(jnp.float32).min,
   )
-  log_q_BCk = jnp.take_along_axis(log_q_BCV, ids_BCk, axis=-1)
+  log_q_Ck = jnp.take_along_axis(log_q_CV, ids_Ck, axis=-1)
   xlogy = jax.scipy.special.xlogy
-  known_BCk = xlogy(p_BCk, p_BCk) - p_BCk * log_q_BCk
-  left_BC1 = xlogy(rest_BC1, rest_BC1) - rest_BC1 * others_BC1
-  p_BCV = jnp.put_along_axis(
-    rest_BC1 * jnp.exp(others_BCV - others_BC1),
-    ids_BCk,
-    p_BCk,
+  known_Ck = xlogy(p_Ck, p_Ck) - p_Ck * log_q_Ck
+  left_C1 = xlogy(rest_C1, rest_C1) - rest_C1 * others_C1
+  p_CV = jnp.put_along_axis(
+    rest_C1 * jnp.exp(others_CV - others_C1),
+    ids_Ck,
+    p_Ck,
     axis=-1,
     inplace=False,
   )
-  forward_BC = jnp.sum(known_BCk, axis=-1) + left_BC1[..., 0]
-  return {"forward": (forward_BC, q_BCV - p_BCV)}
+  forward_C = jnp.sum(known_Ck, axis=-1) + left_C1[..., 0]
+  return {"forward": (forward_C, q_CV - p_CV)}
 
 
-def _losses(logits_BCV, targets_BC, teacher, mixture):
+def _losses(logits_CV, targets_C, teacher, mixture):
   """Each token's loss, what is told of it, and its gradient by the logits."""
   data, forward, reverse, t = mixture
-  probs_BCV, logprobs_BCV = _softmax(logits_BCV, 1.0)
-  scaled = (probs_BCV, logprobs_BCV) if t == 1 else _softmax(logits_BCV, t)
+  probs_CV, logprobs_CV = _softmax(logits_CV, 1.0)
+  scaled = (probs_CV, logprobs_CV) if t == 1 else _softmax(logits_CV, t)
   if isinstance(teacher, Top):
     found = _from_top(*scaled, teacher)
   else:
     found = _from_states(*scaled, teacher, t)
-  told = {name: each_BC for name, (each_BC, _) in found.items()}
-  told["nll"] = nll_BC = -cross_entropy.pick(logprobs_BCV, targets_BC)
+  told = {name: each_C for name, (each_C, _) in found.items()}
+  told["nll"] = nll_C = -cross_entropy.pick(logprobs_CV, targets_C)
   terms = []
   if data:
-    d_BCV = cross_entropy.less_target(probs_BCV, targets_BC)
-    terms.append((data, nll_BC, d_BCV))
+    d_CV = cross_entropy.less_target(probs_CV, targets_C)
+    terms.append((data, nll_C, d_CV))
   for name, weight in (("forward", forward), ("reverse", reverse)):
     if weight:
-      each_BC, d_BCV = found[name]
-      terms.append((t * t * weight, each_BC, d_BCV / t))
-  loss_BC = sum(weight * each_BC for weight, each_BC, _ in terms)
-  return loss_BC, told, sum(weight * d_BCV for weight, _, d_BCV in terms)
+      each_C, d_CV = found[name]
+      terms.append((t * t * weight, each_C, d_CV / t))
+  loss_C = sum(weight * each_C for weight, each_C, _ in terms)
+  return loss_C, told, sum(weight * d_CV for weight, _, d_CV in terms)
 
 
-def _scan(student, teacher, targets_BT, weights_BT, mixture, gradient: bool):
+def _over(student, teacher, targets_BT, weights_BT, mixture, sparse, gradient):
   """loss_sum's result, and the sum's gradient by student (float32 by head)."""
   stored = isinstance(teacher, Top)
 
-  def one(d_head, chunk):
-    x_BCD, targets_BC, weights_BC, *of_teacher = chunk
-    if stored:
-      held = Top(*of_teacher)
-    else:
-      held = dataclasses.replace(teacher, x_BTD=of_teacher[0])
-    logits_BCV = cross_entropy.project(x_BCD, student.head, tied=student.tied)
-    loss_BC, told, d_BCV = _losses(logits_BCV, targets_BC, held, mixture)
+  def one(heads, chunk):
+    x_CD, held, targets_C, weights_C = chunk
+    if not stored:
+      held = dataclasses.replace(teacher, x_BTD=held, head=heads[1])
+    logits_CV = cross_entropy.project(x_CD, heads[0], tied=student.tied)
+    loss_C, told, d_CV = _losses(logits_CV, targets_C, held, mixture)
     if not gradient:
-      return None, (loss_BC, told, None)
-    d_x_BCD, by_head = cross_entropy.pull_back(
-      d_BCV * weights_BC[..., None], x_BCD, student.head, student.tied
+      return None, (loss_C, told, None)
+    d_x_CD, d_head = cross_entropy.pull_back(
+      d_CV * weights_C[:, None], x_CD, heads[0], student.tied
     )
-    return d_head + by_head, (loss_BC, told, d_x_BCD)
+    return d_head, (loss_C, told, d_x_CD)
 
-  d_head, each = jax.lax.scan(
+  d_head, (loss_BT, told, d_x_BTD) = chunks.over(
     one,
-    jnp.zeros(student.head.shape, jnp.float32) if gradient else None,
-    cross_entropy.cut_chunks(
+    (student.head, None if stored else teacher.head),
+    (
       student.x_BTD,
+      teacher if stored else teacher.x_BTD,
       targets_BT,
       weights_BT,
-      *(teacher if stored else (teacher.x_BTD,)),
     ),
-  )
-  T = student.x_BTD.shape[1]
-  loss_BT, told, d_x_BTD = jax.tree.map(
-    lambda a: cross_entropy.join_chunks(a, T), each
+    cross_entropy.weighted(weights_BT, sparse),
   )
   d_student = States(d_x_BTD, d_head, student.tied)
   return (jnp.sum(weights_BT * loss_BT), told), d_student
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def loss_sum(
   student: States,
   teacher: States | Top,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   mixture: tuple[float, float, float, float],
+  sparse: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of weight * loss over tokens, and what it is made of.
 
@@ -239,6 +230,7 @@ def loss_sum(
     weights_BT: float32; 0 leaves a token out.
     mixture: a Mixture of Python numbers, not all of its weights 0; reverse is 0
       with a stored teacher.
+    sparse: as in cross_entropy.loss_sum.
 
   Returns:
     The sum, float32, and float32 [B, T] of each token, which pass no gradient
@@ -248,19 +240,21 @@ def loss_sum(
   Raises:
     ConfigError: the vocabularies differ.
   """
-  return _scan(student, teacher, targets_BT, weights_BT, mixture, False)[0]
+  return _over(
+    student, teacher, targets_BT, weights_BT, mixture, sparse, False
+  )[0]
 
 
-def _loss_forward(student, teacher, targets_BT, weights_BT, mixture):
-  result, d_student = _scan(
-    student, teacher, targets_BT, weights_BT, mixture, True
+def _loss_forward(student, teacher, targets_BT, weights_BT, mixture, sparse):
+  result, d_student = _over(
+    student, teacher, targets_BT, weights_BT, mixture, sparse, True
   )
   # An empty array carries the head's dtype, which a residual cannot.
   return result, (d_student, jnp.zeros((0,), student.head.dtype))
 
 
-def _loss_backward(mixture, residuals, cotangents):
-  del mixture
+def _loss_backward(mixture, sparse, residuals, cotangents):
+  del mixture, sparse
   d_student, head_like = residuals
   cotangent, _ = cotangents
   d_x_BTD, d_head = d_student.x_BTD, d_student.head

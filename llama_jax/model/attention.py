@@ -4,7 +4,6 @@ B batch, T tokens, t = B * T, N heads, K kv heads, n = N + 2 K, H head dim, D
 embed.
 """
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -47,8 +46,7 @@ def attend(kernel: str, q_BTNH, k_BTKH, v_BTKH, tokens: Tokens) -> jax.Array:
 
   mesh = jax.sharding.get_abstract_mesh()
   if name in kernels.PER_DEVICE and not mesh.empty and mesh.size > 1:
-    (axes,) = rules.spec(("batch",))
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    _, parts = rules.batch_parts()
     # Fewer rows than parts, as in a prefill: every part does all of them.
     batch = None if len(q_BTNH) % parts else "batch"
     heads = rules.spec((batch, None, "heads", None))

@@ -195,6 +195,7 @@ class Decoder(nn.Module):
     targets_BT,
     weights_BT,
     z_loss: float,
+    sparse: bool = False,
   ):
     """What cross_entropy.loss_sum gives: the sum to minimise, each nll."""
     x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
@@ -205,13 +206,16 @@ class Decoder(nn.Module):
       weights_BT,
       self._head_rows,
       z_loss,
+      sparse,
     )
 
-  def token_nll(self, ids_BT, positions_BT, segments_BT, targets_BT):
-    """Each target's negative log-likelihood in nats, float32 [B, T]."""
+  def token_nll(
+    self, ids_BT, positions_BT, segments_BT, targets_BT, wanted_BT=None
+  ):
+    """What cross_entropy.token_nll gives, float32 [B, T] in nats."""
     x_BTD, _ = self.hidden(ids_BT, positions_BT, segments_BT)
     return cross_entropy.token_nll(
-      x_BTD, self._head(), targets_BT, tied=self._head_rows
+      x_BTD, self._head(), targets_BT, wanted_BT, self._head_rows
     )
 
   def states(self, ids_BT, positions_BT, segments_BT) -> divergence.States:

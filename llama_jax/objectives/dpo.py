@@ -77,9 +77,10 @@ def answer_logprobs(token_nll: Callable, params, batch) -> jax.Array:
     batch["positions"],
     batch["segments"],
     batch["targets"],
+    batch["loss_mask"] > 0,
   )
   return pairs_lib.by_segment(
-    -nll_BT * batch["loss_mask"], batch["segments"], batch["last"].shape[1]
+    -nll_BT, batch["segments"], batch["last"].shape[1]
   )
 
 
@@ -88,8 +89,9 @@ def make(config: DPO, token_nll: Callable) -> Callable:
 
   Args:
     config: see DPO.
-    token_nll: (params, ids, positions, segments, targets) -> each target's
-      negative log-likelihood in nats, float32 [B, T].
+    token_nll: (params, ids, positions, segments, targets, wanted) -> each
+      target's negative log-likelihood in nats, float32 [B, T], 0 where it is
+      not wanted.
 
   Takes a batch's pairs [B, P, 2] and last [B, S] (see data/examples.py), and
   the reference's log-probabilities of the segments as batch["reference"]

@@ -4,6 +4,8 @@ Params and activations name what their axes mean; this table alone says where
 they go. An axis that no rule names is replicated.
 """
 
+import math
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -33,6 +35,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def batch_parts() -> tuple[tuple[str, ...], int]:
+  """The mesh axes a batch lies on, and in how many parts; 1 without a mesh."""
+  (axes,) = spec(("batch",))
+  mesh = jax.sharding.get_abstract_mesh()
+  return axes, math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def shardings(mesh: jax.sharding.Mesh, specs):

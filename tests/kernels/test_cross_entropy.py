@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.kernels import cross_entropy
+from llama_jax.kernels import chunks, cross_entropy
 
 V, D = 37, 12
 
@@ -45,7 +45,7 @@ def both(loss):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 8)
+  monkeypatch.setitem(chunks.TOKENS, "cpu", 8)
 
 
 def numpy_loss(x, head, targets, weights, tied):
@@ -86,7 +86,9 @@ def test_gradients_of_each_token(small_chunks, B, T, tied):
   x, head, targets, weights = case = make_case(B, T, tied)
 
   def total(x, head):
-    return (weights * cross_entropy.token_nll(x, head, targets, tied)).sum()
+    return (
+      weights * cross_entropy.token_nll(x, head, targets, None, tied)
+    ).sum()
 
   value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(x, head)
   _, want, want_gradients = numpy_loss(*case, tied)
@@ -117,7 +119,7 @@ def test_value_without_a_gradient(small_chunks):
   def ours(x, head):
     return (
       *cross_entropy.loss_sum(x, head, targets, weights, False, 0.0),
-      cross_entropy.token_nll(x, head, targets, tied=False),
+      cross_entropy.token_nll(x, head, targets, None, tied=False),
       cross_entropy.loss_sum(x, head, targets, weights, False, 0.1)[0],
     )
 
@@ -143,6 +145,45 @@ def test_each_nll_stands_beside_the_gradient_and_passes_none(small_chunks):
   np.testing.assert_allclose(nll, want, atol=1e-5)
   for a, b in zip(gradients, grad(x, head, 7.0)[0], strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_has_no_weight_can_be_left_out(small_chunks, tied, z_loss):
+  """Sum and gradients as they were, and no nll where there is no weight."""
+  x, head, targets, weights = case = make_case(5, 9, tied)
+  assert 0 < (weights == 0).sum() < weights.size / 2
+
+  def sparse(*args):
+    return cross_entropy.loss_sum(*args, sparse=True)
+
+  (value, each), gradients = jax.jit(
+    jax.value_and_grad(sparse, (0, 1), has_aux=True), static_argnums=(4, 5)
+  )(*case, tied, z_loss)
+  want, want_gradients = both(plain_loss)(*case, tied, z_loss)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  for ours, theirs in zip(gradients, want_gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+  nll, _, _ = numpy_loss(*case, tied)
+  wanted = np.asarray(weights) > 0
+  np.testing.assert_allclose(each, nll * wanted, atol=1e-5)
+
+  def squares(x, head):
+    each = cross_entropy.token_nll(x, head, targets, wanted, tied)
+    return (each**2).sum(), each
+
+  def plain_squares(x, head):
+    logits = jnp.einsum("btd,vd->btv", x, head if tied else head.T)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    each = -jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+    return (wanted * each**2).sum()
+
+  gradients, each = jax.jit(jax.grad(squares, (0, 1), has_aux=True))(x, head)
+  np.testing.assert_allclose(each, nll * wanted, atol=1e-5)
+  for ours, theirs in zip(
+    gradients, jax.grad(plain_squares, (0, 1))(x, head), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-4)
 
 
 def test_masked_tokens_have_no_gradient(small_chunks):
@@ -208,7 +249,7 @@ def largest_buffer(program, words):
 
 def test_whole_logits_never_exist():
   B, T, words = 4, 1024, 20011
-  chunk = cross_entropy.CHUNK_TOKENS
+  chunk = chunks.TOKENS["cpu"]
   ours = compiled(loss_sum, B, T, words)
   plain = compiled(plain_loss, B, T, words)
   assert largest_buffer(ours, words) == chunk < B * T

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax import errors
-from llama_jax.kernels import cross_entropy, divergence
+from llama_jax.kernels import chunks, divergence
 from llama_jax.parallel import mesh
 
 V, D, E = 37, 12, 20
@@ -20,7 +20,7 @@ STORED = divergence.Mixture(data=0.5, forward=0.3, reverse=0.0, temperature=2.5)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 8)
+  monkeypatch.setitem(chunks.TOKENS, "cpu", 8)
 
 
 def make_states(rng, B, T, width, tied, dtype=jnp.float32):
@@ -166,10 +166,36 @@ def test_what_is_stored():
   np.testing.assert_allclose(rest, 1 - np.exp(found).sum(-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_has_no_weight_can_be_left_out(stored):
+  student, teacher, targets, weights = make_case(5, 9, True)
+  mixture = STORED if stored else ALL
+  if stored:
+    teacher = divergence.top(teacher, 5, mixture.temperature)
+
+  def loss(student, sparse):
+    return divergence.loss_sum(
+      student, teacher, targets, weights, mixture, sparse
+    )
+
+  grad = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  (want, want_told), want_gradient = grad(student, False)
+  (value, told), gradient = grad(student, True)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  for ours, theirs in zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(want_gradient), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  for name, each in told.items():
+    np.testing.assert_allclose(
+      each, want_told[name] * (weights > 0), atol=1e-6, err_msg=name
+    )
+
+
 def test_chunked_equals_unchunked(monkeypatch):
   case = make_case(3, 7, True)
   chunked = ours(*case, ALL)
-  monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 1000)
+  monkeypatch.setitem(chunks.TOKENS, "cpu", 1000)
   assert_same(chunked, ours(*case, ALL), atol=5e-6)
 
 
@@ -334,7 +360,7 @@ def largest_buffer(program, words):
 
 
 def test_whole_logits_never_exist(monkeypatch):
-  monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 512)
+  monkeypatch.setitem(chunks.TOKENS, "cpu", 512)
   B, T, words = 4, 1024, 20011
 
   def shaped(*shape, dtype=jnp.float32):
@@ -350,7 +376,7 @@ def test_whole_logits_never_exist(monkeypatch):
     .lower(*states, *rows, 7)
     .compile()
   )
-  assert largest_buffer(program, words) == cross_entropy.CHUNK_TOKENS < B * T
+  assert largest_buffer(program, words) == chunks.TOKENS["cpu"] < B * T
   # A dozen arrays of a chunk, where whole logits of both alone are 16.
   logits = B * T * words * 4
   assert program.memory_analysis().temp_size_in_bytes < 2 * logits
