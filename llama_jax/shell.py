@@ -9,7 +9,9 @@ import difflib
 import errno
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +69,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
           " See --help."
         )
       _set_up_jax()
+      _heed_interrupts()
       return main(argv)
     except errors.UserError as error:
       fail(str(error))
@@ -93,6 +96,27 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
       fail(f"{error.filename or 'a file'}: {error.strerror}.")
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _heed_interrupts() -> None:
+  """Sends Ctrl-C again where Python drops what is raised.
+
+  It may come while a destructor or a callback of the garbage collector runs,
+  of which JAX has one; there the interpreter prints and forgets it.
+  """
+  others = sys.unraisablehook
+
+  def hook(dropped):
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+      return others(dropped)
+    main = threading.main_thread().ident
+    again = threading.Timer(  # When this and what called it have returned.
+      0.02, signal.pthread_kill, (main, signal.SIGINT)
+    )
+    again.daemon = True
+    again.start()
+
+  sys.unraisablehook = hook
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -2,6 +2,9 @@
 
 import gc
 import json
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import jax
@@ -261,3 +264,43 @@ def test_a_model_without_a_tokenizer_still_computes(model):
   mute = llama_jax.load(f"orbax:{model / 'mute'}")
   assert mute.tokenizer is None
   assert mute.logits([[1, 2]]).shape == (1, 2, 512)
+
+
+@pytest.mark.parametrize("where", ["destructor", "collector", "plain"])
+def test_ctrl_c_is_heeded_wherever_it_falls(where):
+  """Python drops what is raised in a destructor or by its collector."""
+  lines = f"""
+    import gc, signal, time
+    from llama_jax import shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(*_):
+      signal.raise_signal(signal.SIGINT)
+
+    class Falling:
+      __del__ = press
+
+    def main(argv):
+      if {where!r} == "destructor":
+        Falling()
+      elif {where!r} == "collector":
+        gc.callbacks.append(lambda phase, _: phase == "start" and press())
+        gc.collect()
+      else:
+        press()
+      gc.callbacks.clear()
+      for _ in range(600):
+        time.sleep(0.1)
+      print("went on")
+
+    shell.run(main)
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(lines)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 130, done.stderr
+  assert done.stdout == ""
+  assert done.stderr.strip() == "interrupted"
