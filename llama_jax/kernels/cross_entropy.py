@@ -21,14 +21,19 @@ def project(x, head, *, tied: bool) -> jax.Array:
   head is [V, D] when tied, else [D, V]. A tied one may be quantized
   (kernels/int8.py).
   """
-  x_tD = x.reshape(-1, x.shape[-1])
+  x_tD, head = x.reshape(-1, x.shape[-1]), cast(head, x)
   if isinstance(head, int8.Quantized):
     logits_tV = int8.matmul(x_tD, head)
   elif tied:
-    logits_tV = matmul.product_rows(x_tD, head.astype(x.dtype))
+    logits_tV = matmul.product_rows(x_tD, head)
   else:
-    logits_tV = matmul.product(x_tD, head.astype(x.dtype), 1, 0)
+    logits_tV = matmul.product(x_tD, head, 1, 0)
   return logits_tV.reshape(*x.shape[:-1], -1)
+
+
+def cast(head, x):
+  """A head in x's dtype, as chunks take it: half the bytes to gather."""
+  return head if isinstance(head, int8.Quantized) else head.astype(x.dtype)
 
 
 def pick(logits_CV, targets_C):
@@ -48,7 +53,7 @@ def pull_back(d_CV, x_CD, head, tied) -> tuple[jax.Array, jax.Array]:
   All products give float32 (kernels/matmul.py says why).
   """
   d_CV = d_CV.astype(x_CD.dtype)
-  d_x_CD = matmul.product(d_CV, head.astype(x_CD.dtype), 1, 0 if tied else 1)
+  d_x_CD = matmul.product(d_CV, cast(head, x_CD), 1, 0 if tied else 1)
   d_head = matmul.product(*((d_CV, x_CD) if tied else (x_CD, d_CV)), 0, 0)
   return d_x_CD.astype(x_CD.dtype), d_head
 
@@ -62,7 +67,8 @@ def _losses(x_BTD, head, targets_BT, wanted_BT, tied):
     log_sum_C = jax.nn.logsumexp(logits_CV, axis=-1)
     return None, (log_sum_C - pick(logits_CV, targets_C), log_sum_C)
 
-  return chunks.over(one, head, (x_BTD, targets_BT), wanted_BT)[1]
+  rows = x_BTD, targets_BT
+  return chunks.over(one, cast(head, x_BTD), rows, wanted_BT)[1]
 
 
 def _total(nll_BT, log_sum_BT, weights_BT, z_loss):
@@ -102,7 +108,10 @@ def _nll_backward(tied, residuals, d_nll_BT):
     return d_head, d_x_CD
 
   d_head, d_x_BTD = chunks.over(
-    one, head, (x_BTD, targets_BT, log_sum_BT, d_nll_BT), wanted_BT
+    one,
+    cast(head, x_BTD),
+    (x_BTD, targets_BT, log_sum_BT, d_nll_BT),
+    wanted_BT,
   )
   return d_x_BTD, d_head.astype(head.dtype), None, None
 
@@ -170,7 +179,7 @@ def _loss_forward(x_BTD, head, targets_BT, weights_BT, tied, z_loss, sparse):
 
   d_head, (d_x_BTD, nll_BT, log_sum_BT) = chunks.over(
     one,
-    head,
+    cast(head, x_BTD),
     (x_BTD, targets_BT, weights_BT),
     weighted(weights_BT, sparse),
   )

@@ -51,6 +51,10 @@ class States:
   head: jax.Array
   tied: bool = dataclasses.field(metadata={"static": True})
 
+  @property
+  def cast_head(self):
+    return cross_entropy.cast(self.head, self.x_BTD)
+
 
 class Top(NamedTuple):
   """A stored teacher, of the temperature at which it is to be used.
@@ -98,7 +102,7 @@ def top(teacher: States, k: int, temperature: float) -> Top:
     rest_C = jnp.exp(others_C - log_sum_C1[..., 0])
     return None, (ids_Ck, best_Ck - log_sum_C1, rest_C)
 
-  return Top(*chunks.over(one, teacher.head, teacher.x_BTD)[1])
+  return Top(*chunks.over(one, teacher.cast_head, teacher.x_BTD)[1])
 
 
 def _softmax(logits_CV, temperature):
@@ -199,7 +203,7 @@ def _over(student, teacher, targets_BT, weights_BT, mixture, sparse, gradient):
 
   d_head, (loss_BT, told, d_x_BTD) = chunks.over(
     one,
-    (student.head, None if stored else teacher.head),
+    (student.cast_head, None if stored else teacher.cast_head),
     (
       student.x_BTD,
       teacher if stored else teacher.x_BTD,
