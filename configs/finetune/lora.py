@@ -10,8 +10,8 @@ llama2_sft without one.
 Source: arXiv:2106.09685, 4.1. Rank, alpha, targets and ten times the recipe's
 learning rate are ours.
 Expected: near what the recipe gives, with a fraction of its memory: 17 GB are
-held for 8B beside its activations, 10 GB with lora.base_dtype=int8; an update of
-4 x 4,096 tokens takes 12 GB more (as compiled for a TPU).
+held for 8B beside its activations, 10 GB with lora.base_dtype=int8; an update
+of 4 x 4,096 tokens takes 12 GB more (as compiled for a TPU).
 """
 
 import pathlib
