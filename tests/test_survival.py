@@ -124,7 +124,7 @@ def kills(draws):
 
 
 @pytest.mark.parametrize(
-  "wanted", [10, pytest.param(50, marks=pytest.mark.slow)]
+  "wanted", [15, pytest.param(50, marks=pytest.mark.slow)]
 )
 def test_kills(wanted, whole, flags_of, trainer, tmp_path):
   folder = tmp_path / "run"
