@@ -59,7 +59,7 @@ class Ours(cpu_ours.Ours):
     import jax
     import numpy as np
 
-    # As it decodes: unrolled, and quantized where asked.
+    # As it reads prompts: unrolled, and quantized where asked.
     decoder, params = self._llamas[dtype].unrolled
     run = jax.jit(functools.partial(_loss, decoder))
     rows = np.asarray(ids, np.int32)[:, None]

@@ -32,8 +32,6 @@ class Llama:
     quantize: of the weights that decode, a key of model.quantize.KINDS; empty
       for none.
     mesh: that params lie on, or None for one device.
-    merged: decode with query, key and value in one matrix, gate and up in
-      another (decoder.merge); None for where that is faster.
   """
 
   config: Any
@@ -42,7 +40,6 @@ class Llama:
   dtype: str = "float32"
   quantize: str = ""
   mesh: jax.sharding.Mesh | None = None
-  merged: bool | None = None
 
   @property
   def decoder(self) -> decoder_lib.Decoder:
@@ -52,7 +49,7 @@ class Llama:
   @functools.cached_property
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """For decoding: a decoder and its own copy of the params, in dtype or
-    quantized, merged or not."""
+    quantized; on one device merged (decoder.merge)."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
     params = {}
     for part in self._unstacked():
@@ -72,17 +69,8 @@ class Llama:
 
   def _unstacked(self) -> Iterator[dict[str, Any]]:
     """Params for decoding as they are stored, merged if they are to be."""
-    if self.merged and self.mesh is not None:
-      raise errors.ConfigError(
-        f"merged=True is for one device and the mesh has {self.mesh.size}:"
-        " its parts would not be whole heads; leave merged at None."
-      )
-    merged = self.merged
-    if merged is None:
-      # Fewer and larger products pay where a product's start costs.
-      merged = self.mesh is None and jax.default_backend() != "cpu"
     for part in decoder_lib.unstacked(self.params):
-      yield decoder_lib.merge(part) if merged else part
+      yield decoder_lib.merge(part) if self.mesh is None else part
 
   def describe_quantized(self) -> str:
     """A line on what quantizing saved and cost; see model.quantize."""

