@@ -4,7 +4,8 @@ Until it is whole, the answers lie in FILE.parts: the rows in blocks, one file a
 block, a line for each row as soon as its answers are there. Whoever works on a
 block holds an flock on its file, so that any number of processes share the
 rows, and what a dead one leaves is free at once. Who finds all blocks whole
-joins them, in the order of the input, and the folder goes.
+joins them, in the order of the input, and the folder goes. FILE.settings.json
+stays beside the file and tells how it was made.
 """
 
 import contextlib
@@ -63,12 +64,13 @@ class Output:
   Args:
     target: the file.
     rows: how many there will be.
-    identity: what must be alike for parts to be gone on with; JSON.
+    identity: what must be alike for it to be the same file; JSON.
   """
 
   def __init__(self, target: pathlib.Path, rows: int, identity: dict[str, Any]):
     self._target, self._rows = target, rows
     self._parts = target.with_name(target.name + ".parts")
+    self._note = target.with_name(target.name + ".settings.json")
     self._identity = identity
     self._size = max(_BLOCK, -(-rows // _BLOCKS))
 
@@ -76,7 +78,7 @@ class Output:
   def whole(self) -> bool:
     """Whether the file is there already.
 
-    Raises UserError where it is a folder, or cannot be of these prompts.
+    Raises UserError where it is a folder, or was made otherwise.
     """
     if self._target.is_dir():
       raise errors.UserError(
@@ -86,31 +88,41 @@ class Output:
       return False
     with open(self._target, "rb") as file:
       found = sum(1 for _ in file)
-    if found != self._rows:
+    differing = self._differing(self._note)
+    if found != self._rows or differing is None:
       raise errors.UserError(
-        f"--out={self._target} is there with {found} rows, and these prompts"
-        f" are {self._rows}; name another --out, or remove that file."
+        f"--out={self._target} is there with {found} rows and was not made of"
+        f" these {self._rows} prompts by this command; name another --out, or"
+        " remove that file."
+      )
+    if differing:
+      raise errors.UserError(
+        f"--out={self._target} is there and was made with other {differing}"
+        f" ({self._note}); give the same, name another --out, or remove that"
+        " file."
       )
     return True
 
   def check(self) -> None:
     """Raises UserError where parts are there that were made otherwise."""
-    note = self._parts / "settings.json"
+    if differing := self._differing(self._parts / "settings.json"):
+      raise errors.UserError(
+        f"{self._parts} was begun with other {differing}; give the same to go"
+        " on, name another --out, or remove that folder."
+      )
+
+  def _differing(self, note: pathlib.Path) -> str | None:
+    """Names of what is not alike in a note, or None where there is none."""
     try:
       found = json.loads(note.read_text(encoding="utf-8"))
     except FileNotFoundError:
-      return
+      return None
     except (OSError, ValueError) as error:
       raise errors.UserError(f"--out={self._target}: {error}.") from error
     asked = json.loads(json.dumps(self._identity))
-    differing = sorted(
-      name for name in {*found, *asked} if found.get(name) != asked.get(name)
+    return ", ".join(
+      sorted(n for n in {*found, *asked} if found.get(n) != asked.get(n))
     )
-    if differing:
-      raise errors.UserError(
-        f"{self._parts} was begun with other {', '.join(differing)}; give the"
-        " same to go on, name another --out, or remove that folder."
-      )
 
   def begin(self) -> None:
     """Makes the folder of the parts, unless it is there; checks it too."""
@@ -166,6 +178,7 @@ class Output:
           for row in rows:
             joined.write(atomic.json_line(found[row]))
       atomic.flush(part)
+      atomic.write_text(self._note, json.dumps(self._identity, indent=2))
       part.replace(self._target)
       atomic.flush(self._target.parent)
       shutil.rmtree(self._parts)

@@ -112,38 +112,13 @@ def _refuse(constant: str):
 
 
 def identity(rows, settings: Settings, **rest) -> dict[str, Any]:
-  """What must be alike for a run to be gone on with."""
+  """How a file is made, name -> value: what must be alike to be the same."""
   digest = hashlib.sha256()
   for row in rows:
     digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-  return {
-    "prompts": digest.hexdigest(),
-    **dataclasses.asdict(settings),
-    **rest,
-  }
-
-
-def check_answered(
-  target: pathlib.Path, rows: list[dict[str, Any]], settings: Settings
-) -> None:
-  """Raises UserError where a whole file is not of these prompts and as many.
-
-  How else it was drawn, the file does not say.
-  """
-  with open(target, encoding="utf-8") as file:
-    for number, (line, row) in enumerate(zip(file, rows, strict=True), 1):
-      try:
-        found = json.loads(line)
-        count = len(found.pop("completions"))
-      except (AttributeError, KeyError, TypeError, ValueError):
-        found, count = {}, 0
-      expected = 0 if found.pop("error", None) else settings.samples
-      if found != row or count != expected:
-        raise errors.UserError(
-          f"--out={target} is there, and its line {number} is not what answers"
-          f" line {number} of these prompts with --n={settings.samples}; name"
-          " another --out, or remove that file."
-        )
+  asked = dataclasses.asdict(settings)
+  sampling = asked.pop("sampling")
+  return {"prompts": digest.hexdigest(), **asked, **sampling, **rest}
 
 
 def answer(

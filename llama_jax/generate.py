@@ -142,11 +142,7 @@ def answer_file(sampling_config) -> None:
     ),
   )
   if output.whole:
-    batch.check_answered(pathlib.Path(_OUT.value), rows, settings)
-    print(
-      f"{_OUT.value} is there already, drawn as it was asked for then: nothing"
-      " to do."
-    )
+    print(f"{_OUT.value} is there already, made so: nothing to do.")
     return
   output.check()
   config = engine_lib.EngineConfig(

@@ -55,6 +55,26 @@ def test_joined_in_order_once_all_are_there(output, parts, tmp_path):
   assert output().join()
 
 
+def test_a_whole_file_tells_how_it_was_made(output, parts, tmp_path):
+  fill(output())
+  assert output().join()
+  file, note = (tmp_path / f"out.jsonl{end}" for end in ("", ".settings.json"))
+  with pytest.raises(errors.UserError, match=r"other n, top_k .*settings"):
+    output(n=2, top_k=4).whole  # noqa: B018
+  file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+  with pytest.raises(errors.UserError, match=r"there with 19 rows.* these 20"):
+    output().whole  # noqa: B018
+  # Somebody's own file of as many rows.
+  file.write_text("{}\n" * ROWS)
+  note.unlink()
+  with pytest.raises(errors.UserError, match="was not made of these 20"):
+    output().whole  # noqa: B018
+  # What is left of a file that is gone is in nobody's way.
+  note.write_text('{"n": 7}')
+  file.unlink()
+  assert not output().whole
+
+
 def test_parts_of_another_run_are_not_gone_on_with(output):
   output().check()
   output(ckpt="a").begin()
