@@ -68,6 +68,7 @@ def attend(name, q, k, v, positions, segments):
 def small_blocks(monkeypatch):
   """So that short sequences are many tiles; and no kernel needs its device."""
   monkeypatch.setattr(chunked, "TILE", 8)
+  monkeypatch.setattr(chunked, "BLOCK", 8)
   # Sequences in blocks and in loops over tiles: both among those below.
   monkeypatch.setattr(chunked, "SHORT", 20)
   monkeypatch.setattr(splash, "INTERPRET", True)
@@ -188,7 +189,7 @@ def test_a_long_row_equals_the_reference(monkeypatch, short):
   """With tiles of the size that is used, in loops and in blocks."""
   monkeypatch.undo()
   monkeypatch.setattr(chunked, "SHORT", short)
-  T = 5 * chunked.TILE + 3
+  T = 3 * chunked.TILE + 3
   seg = np.ones((1, T), np.int32)
   seg[:, 300:], seg[:, 600:] = 2, 0
   q, k, v, pos, seg = make_case(10, 1, T, 2, 1, 8, seg)
