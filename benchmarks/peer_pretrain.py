@@ -100,6 +100,16 @@ def _write_arrays(file: pathlib.Path, arrays) -> None:
   part.replace(file)
 
 
+def described(folder: pathlib.Path) -> dict[str, Any]:
+  """The run's config.json, of whose files it keeps the last name alone."""
+  config = json.loads((folder / "config.json").read_text())
+  config["made_by"].pop("command")
+  for name in ("text", "prepared", "tokenizer"):
+    if isinstance(config["data"][name], str):
+      config["data"][name] = pathlib.Path(config["data"][name]).name
+  return config
+
+
 def compare(
   ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -174,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
   peer = metrics.read(exchange / "peer.jsonl")
   result = compare(metrics.read(folder / "metrics.jsonl"), peer)
   result |= {"benchmark": "peer_pretrain", "bar": BAR, "steps": steps}
-  result["config"] = json.loads((folder / "config.json").read_text())
+  result["config"] = described(folder)
   result["peer"] = json.loads((exchange / "peer.json").read_text())
   out = pathlib.Path(flags.FLAGS.out)
   atomic.write_text(out, json.dumps(result, indent=1) + "\n")
