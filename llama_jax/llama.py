@@ -69,8 +69,7 @@ class Llama:
 
   def _unstacked(self) -> Iterator[dict[str, Any]]:
     """Params for decoding as they are stored, merged if they are to be."""
-    for part in decoder_lib.unstacked(self.params):
-      yield decoder_lib.merge(part) if self.mesh is None else part
+    return decoder_lib.unstacked(self.params, merged=self.mesh is None)
 
   def describe_quantized(self) -> str:
     """A line on what quantizing saved and cost; see model.quantize."""

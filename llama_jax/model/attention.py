@@ -71,8 +71,11 @@ class Attention(nn.Module):
   transposed: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, tokens: Tokens, layer=None, cache=None):
-    """Returns [B, T, D] and what this layer wrote, or None uncached."""
+  def __call__(self, x_BTD, tokens: Tokens, cache=None, held=None):
+    """Returns [B, T, D] and what this layer holds now, or None uncached.
+
+    cache, held: what model.cache's split gives, of this layer.
+    """
     config = self.config
     B, T, D = x_BTD.shape
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
@@ -102,14 +105,13 @@ class Attention(nn.Module):
     q_BTNH = rope.rotate(q_BTNH, tokens.cos_BTh, tokens.sin_BTh)
     k_BTKH = rope.rotate(k_BTKH, tokens.cos_BTh, tokens.sin_BTh)
 
-    written = None
     if cache is not None:
-      written = cache.write(layer, k_BTKH, v_BTKH)
+      held = cache.write(held, k_BTKH, v_BTKH)
     if cache is None or cache.fresh:
       out_BTNH = attend(self.kernel, q_BTNH, k_BTKH, v_BTKH, tokens)
     else:
       out_BTNH = cache.attend(
-        written, q_BTNH, tokens.positions_BT, tokens.segments_BT
+        held, q_BTNH, tokens.positions_BT, tokens.segments_BT
       )
     out = linear.Linear(
       (N * H, D),
@@ -119,4 +121,4 @@ class Attention(nn.Module):
       self.transposed,
       name="out",
     )
-    return out(out_BTNH.reshape(B * T, N * H)).reshape(B, T, D), written
+    return out(out_BTNH.reshape(B * T, N * H)).reshape(B, T, D), held

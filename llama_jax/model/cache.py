@@ -1,7 +1,8 @@
 """The keys and values of the tokens so far, in slots allocated once.
 
 Two kinds, alike to the decoder: it tells a cache where the new tokens go
-(`begin`), each layer writes and reads through it, and `end` gives the cache of
+(`begin`) and takes it apart (`split`) into what each layer holds and what they
+share; each layer writes and reads through that, and `end` gives the cache of
 the next call.
 
 B batch, T new tokens, S slots, X pages, K kv heads, H head dim.
@@ -51,10 +52,15 @@ class Cache:
       ),
     )
 
-  def write(self, layer: int, k_BTKH, v_BTKH):
+  def split(self):
+    """(keys, values) of each layer, and the cache without them."""
+    pairs = list(zip(self.keys, self.values, strict=True))
+    return pairs, self.replace(keys=(), values=())
+
+  def write(self, held, k_BTKH, v_BTKH):
     """Puts one layer's new tokens into their slots: what attend reads."""
     B, T, K, H = k_BTKH.shape
-    keys, values = self.keys[layer], self.values[layer]
+    keys, values = held
     k_nHT = k_BTKH.transpose(0, 2, 3, 1).reshape(B * K, H, T)
     v_nTH = v_BTKH.transpose(0, 2, 1, 3).reshape(B * K, T, H)
     return (
@@ -66,11 +72,11 @@ class Cache:
       ),
     )
 
-  def attend(self, written, q_BTNH, positions_BT, segments_BT) -> jax.Array:
+  def attend(self, held, q_BTNH, positions_BT, segments_BT) -> jax.Array:
     """The new tokens over all slots, of one layer: [B, T, N, H]."""
     return cached.attend(
       q_BTNH,
-      *(one.astype(q_BTNH.dtype) for one in written),
+      *(one.astype(q_BTNH.dtype) for one in held),
       q_pos_BT=positions_BT,
       k_pos_BS=self.positions_BS,
       q_seg_BT=segments_BT,
@@ -125,15 +131,17 @@ class PagedCache:
       lengths_B=last_B + 1,
     )
 
-  def write(self, layer: int, k_BTKH, v_BTKH):
-    return paged.write(
-      self.pools[layer], k_BTKH, v_BTKH, self.page_BT, self.offset_BT
-    )
+  def split(self):
+    """The pool of each layer, and the cache without them."""
+    return list(self.pools), self.replace(pools=())
 
-  def attend(self, written, q_BTNH, positions_BT, segments_BT) -> jax.Array:
+  def write(self, held: paged.Pool, k_BTKH, v_BTKH):
+    return paged.write(held, k_BTKH, v_BTKH, self.page_BT, self.offset_BT)
+
+  def attend(self, held, q_BTNH, positions_BT, segments_BT) -> jax.Array:
     return paged.attend(
       q_BTNH,
-      written,
+      held,
       self.table_BX,
       q_pos_BT=positions_BT,
       q_seg_BT=segments_BT,

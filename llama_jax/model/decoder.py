@@ -8,6 +8,7 @@ and kernels are transposed (kernels/matmul.py says why).
 B batch, T tokens, D embed, V vocab, L layers.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,18 +42,35 @@ class Block(nn.Module):
   transposed: bool = False
 
   @nn.compact
-  def __call__(self, x_BTD, tokens: attention.Tokens, layer=None, cache=None):
+  def __call__(self, x_BTD, tokens: attention.Tokens, cache=None, held=None):
     D, eps = self.config.embed_dim, self.config.norm_eps
     scale_D = linear.Scale(D, name="attention_norm")()
     added_BTD, written = attention.Attention(
       self.config, self.dtype, self.kernel, self.transposed, name="attention"
-    )(norm.rms_norm(x_BTD, scale_D, eps), tokens, layer, cache)
+    )(norm.rms_norm(x_BTD, scale_D, eps), tokens, cache, held)
     x_BTD = x_BTD + added_BTD
     scale_D = linear.Scale(D, name="mlp_norm")()
     x_BTD = x_BTD + mlp.MLP(
       self.config, self.dtype, self.transposed, name="mlp"
     )(norm.rms_norm(x_BTD, scale_D, eps))
     return rules.constrain(x_BTD, "batch", None, None), written
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(block: Block, params, *args):
+  return block.apply({"params": params}, *args)
+
+
+def _unrolled(block: Block, *args):
+  """One of many alike layers, traced with the first of them.
+
+  A function of its own within the program, which XLA puts in place: a layer
+  more costs no tracing (30 layers: 0.5 s of every program, now 0.1).
+  """
+  if block.is_initializing():
+    return block(*args)
+  alike = block.clone(parent=None, name=None)
+  return _apply(alike, block.variables["params"], *args)
 
 
 class Decoder(nn.Module):
@@ -149,10 +167,13 @@ class Decoder(nn.Module):
     else:
       if cache is not None:
         cache = cache.begin(positions_BT, segments_BT)
+        layers, cache = cache.split()
+      else:
+        layers = [None] * len(self.layers)
       written = []
-      for index, block in enumerate(self.layers):
-        x_BTD, pair = block(x_BTD, tokens, index, cache)
-        written.append(pair)
+      for block, held in zip(self.layers, layers, strict=True):
+        x_BTD, held = _unrolled(block, x_BTD, tokens, cache, held)
+        written.append(held)
       if cache is not None:
         cache = cache.end(written, ids_BT.shape[1])
     x_BTD = norm.rms_norm(x_BTD, self.final_norm(), self.config.norm_eps)
@@ -279,20 +300,32 @@ def init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   return decoder.init(key, token, token, token, method=method)["params"]
 
 
-def unstacked(params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _turned(tree):
+  return jax.tree.map_with_path(
+    lambda path, leaf: leaf.T if path[-1].key == "kernel" else leaf, tree
+  )
+
+
+@functools.partial(jax.jit, static_argnames="merged")
+def _taken(layers, index, merged):
+  layer = jax.tree.map(
+    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
+    layers,
+  )
+  return _merged(_turned(layer)) if merged else _turned(layer)
+
+
+def unstacked(
+  params: dict[str, Any], merged: bool = False
+) -> Iterator[dict[str, Any]]:
   """Params for decoding part by part, each made when it is asked for: first all
   but the layers, then "layers" [L, ...] as {"layers_0": ...} and so on, each
-  kernel as [out, in]."""
-
-  def turned(tree):
-    return jax.tree.map_with_path(
-      lambda path, leaf: leaf.T if path[-1].key == "kernel" else leaf, tree
-    )
-
-  yield turned({k: tree for k, tree in params.items() if k != "layers"})
-  for i in range(jax.tree.leaves(params["layers"])[0].shape[0]):
-    layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-    yield {f"layers_{i}": turned(layer)}
+  kernel as [out, in]. merged: as `merge` makes of them."""
+  yield _turned({k: tree for k, tree in params.items() if k != "layers"})
+  layers = jax.tree.map(jnp.asarray, params["layers"])
+  # One program for all layers: three times as fast as an operation at a time.
+  for i in range(jax.tree.leaves(layers)[0].shape[0]):
+    yield {f"layers_{i}": _taken(layers, i, merged)}
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
@@ -316,20 +349,20 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
   135M model in 29 ms and not 33). For one device alone: equal parts of such
   rows are not parts of the heads.
   """
-
-  def merged(layer):
-    layer = dict(layer)
-    for module, (name, parts) in MERGED.items():
-      held = dict(layer[module])
-      taken = [held.pop(part) for part in parts]
-      held[name] = jax.tree.map(lambda *rows: jnp.concatenate(rows), *taken)
-      layer[module] = held
-    return layer
-
   return {
-    name: merged(tree) if name.startswith("layers_") else tree
+    name: _merged(tree) if name.startswith("layers_") else tree
     for name, tree in params.items()
   }
+
+
+def _merged(layer):
+  layer = dict(layer)
+  for module, (name, parts) in MERGED.items():
+    held = dict(layer[module])
+    taken = [held.pop(part) for part in parts]
+    held[name] = jax.tree.map(lambda *rows: jnp.concatenate(rows), *taken)
+    layer[module] = held
+  return layer
 
 
 def grow_vocabulary(params: dict[str, Any], vocab_size: int) -> dict[str, Any]:
