@@ -123,6 +123,23 @@ def test_rows_that_are_zero_or_not_finite():
   assert not np.isfinite(y[1:, 3:]).any()
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_matrices_are_widened_one_after_another(bits):
+  """Not all before the first product, in memory that 8 bits were to save."""
+  matrices = [WIDTHS[bits](weights(256, 256, seed)) for seed in range(12)]
+  x = jnp.ones((128, 256))
+
+  @jax.jit
+  def chain(x, matrices):
+    for matrix in matrices:
+      x = int8.matmul(x, matrix) / 16
+    return x
+
+  memory = chain.lower(x, matrices).compile().memory_analysis()
+  # One or two at once, and x twice.
+  assert memory.temp_size_in_bytes < 4 * 256 * 256 * 4
+
+
 def test_the_product_on_cpu_is_of_int8():
   """And of two rows or more: the only form that XLA has a fast path for."""
   matrix = WIDTHS[4](weights(48, 96))
