@@ -75,10 +75,12 @@ def main(argv) -> None:
 
   texts = sources.documents(_TEXT.value, knob="--text")
   llama = _load()
-  decoder, params = llama.decoder, llama.params
   if _QUANTIZE.value:
+    llama.only_decode()
     decoder, params = llama.unrolled
     print(llama.describe_quantized())
+  else:
+    decoder, params = llama.decoder, llama.params
   tokenizer = llama.need_tokenizer()
   bos = tokenizer.add_bos if _BOS.value is None else _BOS.value
   settings = {"window": _WINDOW.value, "stride": _STRIDE.value, "bos": bos}

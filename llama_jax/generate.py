@@ -101,9 +101,9 @@ def _load():
     knob="--ckpt",
     mesh=placement.make_mesh(**_PARALLEL()),
   )
+  llama.only_decode()
   if _QUANTIZE.value:
     print(llama.describe_quantized(), file=sys.stderr)
-  llama.only_decode()
   return llama
 
 

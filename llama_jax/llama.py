@@ -50,31 +50,39 @@ class Llama:
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """For decoding: a decoder and its own copy of the params, in dtype or
     quantized; on one device merged (decoder.merge)."""
-    decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
-    params = {}
-    for part in self._unstacked():
-      part = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), part)
-      if self.quantize:
-        part = quantize_lib.quantize(part, self.quantize)
-      # Before the next: what a part was made of is not held for long.
-      params |= jax.block_until_ready(part)
-    if self.mesh is not None:
-      params = placement.place(decoder, params, self.mesh)
-    return decoder, params
+    return self._unroll(self.params)
 
   def only_decode(self) -> None:
     """Frees params for those of `unrolled`; logits() is over then."""
-    _ = self.unrolled
+    if "unrolled" not in self.__dict__:
+      # Emptied as it goes: a dict of our own, for others may hold the first.
+      params = jax.tree.map(lambda leaf: leaf, self.params)
+      self.params = {}
+      self.unrolled = self._unroll(params, free=True)
     self.params = {}
 
-  def _unstacked(self) -> Iterator[dict[str, Any]]:
-    """Params for decoding as they are stored, merged if they are to be."""
-    return decoder_lib.unstacked(self.params, merged=self.mesh is None)
+  def _unroll(self, params: dict[str, Any], free: bool = False):
+    """`unrolled`, of params; free: see decoder.unstacked."""
+    decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
+    parts = decoder_lib.unstacked(params, self.mesh is None, free)
+    made: dict[str, Any] = {}
+    self._quantized = quantize_lib.Report()
+    for stored in parts:
+      part = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), stored)
+      if self.quantize:
+        part = quantize_lib.quantize(part, self.quantize)
+        self._quantized.add(stored, part)
+      del stored
+      # Before the next: what a part was made of is not held for long.
+      decoder_lib.join(made, jax.block_until_ready(part))
+    if self.mesh is not None:
+      made = placement.place(decoder, made, self.mesh)
+    return decoder, made
 
   def describe_quantized(self) -> str:
     """A line on what quantizing saved and cost; see model.quantize."""
-    moved = quantize_lib.describe(self._unstacked(), self.unrolled[1])
-    return f"{self.quantize}: {moved}"
+    _ = self.unrolled
+    return f"{self.quantize}: {self._quantized}"
 
   def logits(self, ids, positions=None, segment_ids=None) -> jax.Array:
     """Float32 logits [B, T, vocab] of int ids [B, T].

@@ -307,30 +307,75 @@ def _turned(tree):
 
 
 @functools.partial(jax.jit, static_argnames="merged")
-def _taken(layers, index, merged):
+def _taken(stacked, index, merged):
+  """Of one layer, what is stacked of all."""
   layer = jax.tree.map(
     lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False),
-    layers,
+    stacked,
   )
   return _merged(_turned(layer)) if merged else _turned(layer)
 
 
+def _groups(layers: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """Parts of stacked layers, taken out of them: matrices that merge together,
+  each other matrix, all norms."""
+  for module, (_, names) in MERGED.items():
+    together = {name: layers[module].pop(name) for name in names}
+    yield {module: together}
+    del together
+    while layers[module]:
+      yield {module: dict([layers[module].popitem()])}
+    del layers[module]
+  yield {module: layers.pop(module) for module in list(layers)}
+
+
 def unstacked(
-  params: dict[str, Any], merged: bool = False
+  params: dict[str, Any], merged: bool = False, free: bool = False
 ) -> Iterator[dict[str, Any]]:
-  """Params for decoding part by part, each made when it is asked for: first all
-  but the layers, then "layers" [L, ...] as {"layers_0": ...} and so on, each
-  kernel as [out, in]. merged: as `merge` makes of them."""
-  yield _turned({k: tree for k, tree in params.items() if k != "layers"})
-  layers = jax.tree.map(jnp.asarray, params["layers"])
-  # One program for all layers: three times as fast as an operation at a time.
-  for i in range(jax.tree.leaves(layers)[0].shape[0]):
-    yield {f"layers_{i}": _taken(layers, i, merged)}
+  """Params for decoding part by part, each made when it is asked for.
+
+  First all but the layers, then "layers" [L, ...] as {"layers_0": ...} and so
+  on, a few matrices of each layer at a time; `join` puts them together.
+
+  Args:
+    params: of a Decoder(scan=True).
+    merged: as `merge` makes of them.
+    free: takes out of params what is made, which leaves them empty: so no more
+      is held twice than a few matrices of each layer.
+
+  Yields:
+    nested dicts, each kernel as [out, in].
+  """
+  params = params if free else jax.tree.map(lambda leaf: leaf, params)
+  layers = params.pop("layers")
+  rest = _turned(params)
+  params.clear()
+  yield rest
+  del rest
+  for group in _groups(layers):
+    stacked = jax.tree.map(jnp.asarray, group)
+    del group
+    # One program for all layers: three times as fast as operation by operation.
+    for i in range(jax.tree.leaves(stacked)[0].shape[0]):
+      yield {f"layers_{i}": _taken(stacked, i, merged)}
+    del stacked
+
+
+def join(whole: dict[str, Any], part: dict[str, Any]) -> None:
+  """Puts a part that `unstacked` gave where it belongs in the whole."""
+  for name, tree in part.items():
+    if isinstance(tree, dict) and name in whole:
+      join(whole[name], tree)
+    else:
+      whole[name] = tree
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
   """All parts of `unstacked` in one tree."""
-  return {k: tree for part in unstacked(params) for k, tree in part.items()}
+  whole: dict[str, Any] = {}
+  for part in unstacked(params):
+    join(whole, part)
+  return whole
 
 
 # Module of a layer -> the matrix that merge makes, of which.
@@ -358,6 +403,8 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
 def _merged(layer):
   layer = dict(layer)
   for module, (name, parts) in MERGED.items():
+    if parts[0] not in layer.get(module, ()):
+      continue
     held = dict(layer[module])
     taken = [held.pop(part) for part in parts]
     held[name] = jax.tree.map(lambda *rows: jnp.concatenate(rows), *taken)

@@ -6,7 +6,7 @@ words look up or are scored by are 8 bits wide in "int4" too: at 4, the tied one
 of SmolLM2-135M cost 0.08 nats a token.
 """
 
-from collections.abc import Iterable
+import dataclasses
 from typing import Any
 
 import jax
@@ -87,24 +87,37 @@ def _off(weights_OI, quantized: int8.Quantized):
   return jnp.linalg.norm(off_OI) / jnp.linalg.norm(weights_OI)
 
 
-def describe(before: Iterable[dict[str, Any]], after: dict[str, Any]) -> str:
-  """A line: bytes of the params before and after, and how far weights moved.
+@dataclasses.dataclass
+class Report:
+  """What quantizing saved and cost.
 
-  before: in parts (decoder.unstacked), so that all need not be held.
+  Attributes:
+    was_bytes, now_bytes: of the params, before and after.
+    off: path of a matrix -> how far its weights moved, by their norm.
   """
-  off, was_bytes = {}, 0
 
-  def one(path, leaf, was):
-    if _is_quantized(leaf):
-      off["/".join(entry.key for entry in path)] = float(_off(was, leaf))
+  was_bytes: int = 0
+  now_bytes: int = 0
+  off: dict[str, float] = dataclasses.field(default_factory=dict)
 
-  for part in before:
-    same = {name: after[name] for name in part}
-    jax.tree.map_with_path(one, same, part, is_leaf=_is_quantized)
-    was_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(part))
-  now_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
-  mean, worst = sum(off.values()) / len(off), max(off, key=off.get)
-  return (
-    f"weights {was_bytes / 1e6:,.1f} MB -> {now_bytes / 1e6:,.1f} MB;"
-    f" a matrix moved by {mean:.2%} of its norm, {worst} by {off[worst]:.2%}"
-  )
+  def add(self, was: dict[str, Any], made: dict[str, Any]) -> None:
+    """Params, or a part of them, and what quantize made of them."""
+
+    def one(path, leaf, was):
+      if _is_quantized(leaf):
+        name = "/".join(entry.key for entry in path)
+        self.off[name] = float(_off(was, leaf))
+
+    jax.tree.map_with_path(one, made, was, is_leaf=_is_quantized)
+    for name, tree in (("was_bytes", was), ("now_bytes", made)):
+      more = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+      setattr(self, name, getattr(self, name) + more)
+
+  def __str__(self) -> str:
+    mean = sum(self.off.values()) / len(self.off)
+    worst = max(self.off, key=self.off.get)
+    was, now = (f"{b / 1e6:,.1f} MB" for b in (self.was_bytes, self.now_bytes))
+    return (
+      f"weights {was} -> {now}; a matrix moved by {mean:.2%} of its norm,"
+      f" {worst} by {self.off[worst]:.2%}"
+    )

@@ -1,6 +1,8 @@
 """Merged projections: the same forward from fewer and larger matrices."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +101,29 @@ def test_on_a_mesh_nothing_is_merged(stacked, plain):
   assert set(llama.unrolled[1]["layers_0"]["mlp"]) == {"gate", "up", "down"}
   with pytest.raises(ValueError, match="qkv"):
     placement.place(DECODER, decoder_lib.merge(plain), mesh)
+
+
+def test_what_was_taken_is_freed_on_the_way(stacked, plain):
+  """Never more than the matrices at hand are held twice."""
+  own = jax.tree.map(jnp.array, stacked)
+  layers = own["layers"]
+  held = {
+    module: [weakref.ref(leaf) for leaf in jax.tree.leaves(layers[module])]
+    for module in ("attention", "mlp")
+  }
+
+  def alive(module):
+    gc.collect()
+    return sum(ref() is not None for ref in held[module])
+
+  whole = {}
+  for part in decoder_lib.unstacked(own, merged=True, free=True):
+    decoder_lib.join(whole, part)
+    if "mlp" in part.get("layers_0", {}):
+      assert alive("attention") == 0 and alive("mlp") > 0
+  assert own == {} and alive("mlp") == 0
+  want = decoder_lib.merge(plain)
+  jax.tree.map(np.testing.assert_array_equal, whole, want)
+  # Without free all is as it was.
+  decoder_lib.unstack(stacked)
+  assert len(jax.tree.leaves(stacked["layers"])) == 9

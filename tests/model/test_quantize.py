@@ -86,6 +86,16 @@ def test_greedy_tokens_are_those_of_the_widened_weights(params_of, kind):
   assert generate(made) == generate(widened(made))
 
 
+def described(params, made):
+  """Of all at once, as of parts."""
+  whole, parts = quantize.Report(), quantize.Report()
+  whole.add(params, made)
+  for name in params:
+    parts.add({name: params[name]}, {name: made[name]})
+  assert str(whole) == str(parts)
+  return str(whole)
+
+
 @CONFIGS
 def test_which_matrices_become_what(params_of, config):
   """Bytes, counted from the shapes."""
@@ -104,7 +114,7 @@ def test_which_matrices_become_what(params_of, config):
       total += rest + 4 * len(leaf)
     got = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
     assert got == total
-    line = quantize.describe([params], made)
+    line = described(params, made)
     before = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert f"{before / 1e6:,.1f} MB -> {total / 1e6:,.1f} MB" in line
 
@@ -120,7 +130,7 @@ def test_describe_says_the_error(params_of):
       name = "/".join(entry.key for entry in path)
       off[name] = np.linalg.norm(moved) / np.linalg.norm(was)
   worst = max(off, key=off.get)
-  line = quantize.describe([params], made)
+  line = described(params, made)
   assert f"moved by {np.mean(list(off.values())):.2%} of its norm" in line
   assert line.endswith(f"{worst} by {off[worst]:.2%}")
 
