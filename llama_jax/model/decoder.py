@@ -318,15 +318,14 @@ def _taken(stacked, index, merged):
 
 def _groups(layers: dict[str, Any]) -> Iterator[dict[str, Any]]:
   """Parts of stacked layers, taken out of them: matrices that merge together,
-  each other matrix, all norms."""
-  for module, (_, names) in MERGED.items():
-    together = {name: layers[module].pop(name) for name in names}
-    yield {module: together}
-    del together
-    while layers[module]:
-      yield {module: dict([layers[module].popitem()])}
-    del layers[module]
-  yield {module: layers.pop(module) for module in list(layers)}
+  and each other array."""
+  while layers:
+    module, tree = layers.popitem()
+    _, together = MERGED.get(module, ("", ()))
+    if together and together[0] in tree:
+      yield {module: {name: tree.pop(name) for name in together}}
+    while tree:
+      yield {module: dict([tree.popitem()])}
 
 
 def unstacked(
