@@ -113,16 +113,17 @@ class Ours:
     import jax
 
     from llama_jax.model import decoder as decoder_lib
+    from llama_jax.model import unrolled as unrolled_lib
 
     config = _config(spec)
     stacked = gpu_weights.stacked(dataclasses.asdict(config))
-    params = decoder_lib.unstack(stacked)
+    params = unrolled_lib.unstack(stacked)
     words = work.ids(config.vocab_size, 1, prompt, 0)[0].tolist()
     rows = []
     for dtype, cache, merged in ways:
       cast = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), params)
       if merged:
-        cast = decoder_lib.merge(cast)
+        cast = unrolled_lib.merge(cast)
       decoder = decoder_lib.Decoder(config, dtype=dtype, scan=False)
       precision = "highest" if dtype == "float32" else "default"
       with jax.default_matmul_precision(precision):

@@ -23,6 +23,7 @@ def random_params(config, merged: bool, dtype: str = "bfloat16"):
 
   from llama_jax.model import decoder as decoder_lib
   from llama_jax.model import quantize
+  from llama_jax.model import unrolled as unrolled_lib
 
   @functools.partial(jax.jit, static_argnames="shape")
   def matrix(key, shape):
@@ -44,7 +45,7 @@ def random_params(config, merged: bool, dtype: str = "bfloat16"):
     ],
   )
   if merged:
-    params = decoder_lib.merge(params)
+    params = unrolled_lib.merge(params)
   return quantize.quantize(params, dtype) if dtype == "int8" else params
 
 

@@ -83,19 +83,18 @@ def cpu(result: dict[str, Any]) -> Iterator[Line]:
       continue
     work = f"{name}, {row['unit']}"
     if row["baseline"] == "cold":
-      pair = [(work, "itself, cache cold", "cold", row["ratio"], row["bar"])]
+      peers = [("itself, cache cold", "cold", row["ratio"], row["bar"])]
     else:
-      pair = [
-        (work, "transformers", "peer float32", row["ratio"], row["bar"]),
+      peers = [
+        ("transformers", "peer float32", row["ratio"], row["bar"]),
         (
-          work,
           "transformers, bfloat16",
           "peer bfloat16",
           row["ratio_bfloat16"]["float32"],
           row["bar_bfloat16"],
         ),
       ]
-    for work, beside, under, ratio, bar in pair:
+    for beside, under, ratio, bar in peers:
       if ratio is None or (under == "peer bfloat16" and bar is None):
         continue
       yield Line(
@@ -173,7 +172,8 @@ def table(folder: pathlib.Path = RESULTS) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     rows += [line.cells() for line in lines(result)]
     rounds, cpu = result["plan"]["rounds"], result["machine"]["cpu"]
-    measured.append(f"`{name}.json` ({rounds} rounds, {cpu})")
+    plural = "s" if rounds > 1 else ""
+    measured.append(f"`{name}.json` ({rounds} round{plural}, {cpu})")
   text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
   return f"{text}\n\nFrom {', '.join(measured)}; where we lose is bold."
 

@@ -13,6 +13,7 @@ from llama_jax import checkpoint, errors
 from llama_jax.decoding import loop, placement, request, sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import quantize as quantize_lib
+from llama_jax.model import unrolled as unrolled_lib
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
@@ -49,22 +50,20 @@ class Llama:
   @functools.cached_property
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """For decoding: a decoder and its own copy of the params, in dtype or
-    quantized; on one device merged (decoder.merge)."""
+    quantized; on one device merged (unrolled.merge)."""
     return self._unroll(self.params)
 
   def only_decode(self) -> None:
     """Frees params for those of `unrolled`; logits() is over then."""
+    # A dict of our own, emptied as it goes, for others may hold the first.
+    params, self.params = jax.tree.map(lambda leaf: leaf, self.params), {}
     if "unrolled" not in self.__dict__:
-      # Emptied as it goes: a dict of our own, for others may hold the first.
-      params = jax.tree.map(lambda leaf: leaf, self.params)
-      self.params = {}
       self.unrolled = self._unroll(params, free=True)
-    self.params = {}
 
   def _unroll(self, params: dict[str, Any], free: bool = False):
-    """`unrolled`, of params; free: see decoder.unstacked."""
+    """`unrolled`, of params; free: see unrolled.unstacked."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
-    parts = decoder_lib.unstacked(params, self.mesh is None, free)
+    parts = unrolled_lib.unstacked(params, self.mesh is None, free)
     made: dict[str, Any] = {}
     self._quantized = quantize_lib.Report()
     for stored in parts:
@@ -74,7 +73,7 @@ class Llama:
         self._quantized.add(stored, part)
       del stored
       # Before the next: what a part was made of is not held for long.
-      decoder_lib.join(made, jax.block_until_ready(part))
+      unrolled_lib.join(made, jax.block_until_ready(part))
     if self.mesh is not None:
       made = placement.place(decoder, made, self.mesh)
     return decoder, made

@@ -103,7 +103,7 @@ class Engine:
 
   Args:
     decoder: with scan=False.
-    params: unstacked (decoder.unstack).
+    params: unstacked (unrolled.unstack).
     config: how much at once.
     mesh: that the params lie on (placement.place), or None for one device.
     draft: decoder and params of a smaller model of the same vocabulary.

@@ -170,7 +170,7 @@ def stream(
 
   Args:
     decoder: with scan=False.
-    params: unstacked (decoder.unstack).
+    params: unstacked (unrolled.unstack).
     prompts: token ids, one list a row, none empty.
     max_new_tokens: at most this many a row.
     sampling_config: how tokens are chosen.

@@ -95,7 +95,7 @@ class Attention(nn.Module):
       y_BTNH = layer_(x_tD).reshape(B, T, heads, H)
       return rules.constrain(y_BTNH, "batch", None, axis, None)
 
-    if self.has_variable("params", "qkv"):  # decoder.merge
+    if self.has_variable("params", "qkv"):  # unrolled.merge
       all_BTnH = project("qkv", N + 2 * K, "heads")
       q_BTNH, k_BTKH, v_BTKH = jnp.split(all_BTnH, (N, N + K), axis=2)
     else:

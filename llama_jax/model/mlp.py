@@ -26,7 +26,7 @@ class MLP(nn.Module):
         shape, axes, stddev, self.dtype, self.transposed, name=name
       )
 
-    if self.has_variable("params", "gate_up"):  # decoder.merge
+    if self.has_variable("params", "gate_up"):  # unrolled.merge
       both = project("gate_up", (D, 2 * F), ("embed", "mlp"), 0.02)
       gate_tF, up_tF = jnp.split(both(x_tD), 2, axis=1)
     else:

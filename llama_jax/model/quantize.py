@@ -36,8 +36,8 @@ def quantize(
   divide have 8.
 
   Args:
-    params: unrolled (decoder.unstack), in any float dtype. Not to be cast after
-      this: scales are float32.
+    params: unrolled (unrolled.unstack), in any float dtype. Not to be cast
+      after this: scales are float32.
     kind: one of KINDS.
     knob: what an error message calls it.
   """
@@ -46,7 +46,7 @@ def quantize(
       f"{knob}={kind!r} is not known; use one of {', '.join(KINDS)}."
     )
   if "layers" in params:
-    raise ValueError("Only unrolled params can be quantized: decoder.unstack.")
+    raise ValueError("Only unrolled params can be quantized: unrolled.unstack.")
 
   def one(path, leaf):
     keys = [entry.key for entry in path]
@@ -109,9 +109,8 @@ class Report:
         self.off[name] = float(_off(was, leaf))
 
     jax.tree.map_with_path(one, made, was, is_leaf=_is_quantized)
-    for name, tree in (("was_bytes", was), ("now_bytes", made)):
-      more = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-      setattr(self, name, getattr(self, name) + more)
+    self.was_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(was))
+    self.now_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(made))
 
   def __str__(self) -> str:
     mean = sum(self.off.values()) / len(self.off)

@@ -10,6 +10,7 @@ from llama_jax.decoding import placement, sampling
 from llama_jax.decoding import request as request_lib
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh as mesh_lib
 
 NANO = sizes.get("nano")
@@ -32,7 +33,7 @@ def stacked(random_params):
 
 @pytest.fixture(scope="module")
 def params(stacked):
-  return jax.tree.map(jax.numpy.asarray, decoder_lib.unstack(stacked))
+  return jax.tree.map(jax.numpy.asarray, unrolled_lib.unstack(stacked))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from llama_jax import errors
 from llama_jax.decoding import loop, request, sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 
 NANO = sizes.get("nano")
 DECODER = decoder_lib.Decoder(NANO, scan=False)
@@ -29,7 +30,7 @@ def stacked(random_params):
 
 @pytest.fixture(scope="module")
 def params(stacked):
-  return jax.tree.map(jax.numpy.asarray, decoder_lib.unstack(stacked))
+  return jax.tree.map(jax.numpy.asarray, unrolled_lib.unstack(stacked))
 
 
 def generate(params, prompts, new=20, stop=(), config=GREEDY, **settings):

@@ -10,8 +10,8 @@ import pytest
 from llama_jax import errors
 from llama_jax import llama as llama_lib
 from llama_jax.decoding import placement
-from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh as mesh_lib
 
 
@@ -47,7 +47,7 @@ def test_the_same_words_and_logits(llamas):
 def test_weights_lie_in_parts_quantized_or_not(llamas, quantize):
   one, many = (llama.unrolled[1] for llama in llamas(quantize))
   # One device's are merged; a mesh's are not, since parts of heads are split.
-  together = decoder_lib.merge(jax.device_get(many))
+  together = unrolled_lib.merge(jax.device_get(many))
   jax.tree.map(np.testing.assert_array_equal, together, one)
   for parts in jax.tree.leaves(many):
     if parts.ndim == 2:

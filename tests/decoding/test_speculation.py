@@ -10,6 +10,7 @@ from llama_jax.decoding import request as request_lib
 from llama_jax.decoding import sampling, speculation
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 
 NANO = sizes.get("nano")
 DECODER = decoder_lib.Decoder(NANO, scan=False)
@@ -24,7 +25,7 @@ def models(random_params):
     lambda a: (a + 0.003 * RNG.normal(size=a.shape)).astype(a.dtype), params
   )
   return [
-    jax.tree.map(jax.numpy.asarray, decoder_lib.unstack(one))
+    jax.tree.map(jax.numpy.asarray, unrolled_lib.unstack(one))
     for one in (params, near)
   ]
 

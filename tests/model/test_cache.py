@@ -10,6 +10,7 @@ import pytest
 from llama_jax.model import cache as cache_lib
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 
 HEADS = {"GQA": (4, 2), "MHA": (4, 4), "MQA": (4, 1)}
 SLOTS = 40
@@ -24,7 +25,7 @@ def cached(decoder, params, ids, positions, segments, sizes_of_parts):
   """Logits of all tokens, read part by part into a cache."""
   unrolled = decoder.clone(scan=False)
   cache = cache_lib.empty(decoder.config, len(ids), SLOTS, "float32")
-  params = decoder_lib.unstack(params)
+  params = unrolled_lib.unstack(params)
   out, start = [], 0
   for size in sizes_of_parts:
     part = slice(start, start + size)

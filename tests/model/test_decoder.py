@@ -13,6 +13,7 @@ from llama_jax import errors
 from llama_jax.checkpoint import names, proof, weights
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 
 NANO = sizes.get("nano")
 UNTIED = dataclasses.replace(NANO, tied_embeddings=False)
@@ -214,11 +215,11 @@ def test_scan_equals_unrolled():
   decoder = decoder_lib.Decoder(NANO, scan=False, rematerialise="none")
   params = params_of(NANO)
   value, gradients = loss_and_gradients(
-    decoder, decoder_lib.unstack(params), training_batch(2, 24)
+    decoder, unrolled_lib.unstack(params), training_batch(2, 24)
   )
   want_value, want = plain_gradients()
   np.testing.assert_allclose(value, want_value, rtol=1e-6)
-  unstacked = decoder_lib.unstack(want)
+  unstacked = unrolled_lib.unstack(want)
   assert jax.tree.structure(gradients) == jax.tree.structure(unstacked)
   largest = max(np.abs(g).max() for g in jax.tree.leaves(want))
   for a, b in zip(

@@ -15,6 +15,7 @@ from llama_jax.checkpoint import names, proof, weights
 from llama_jax.kernels import int8
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import heads, quantize, sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh, rules
 from llama_jax.training import flops
 
@@ -109,7 +110,7 @@ def test_unrolled_equals_scanned_and_is_not_quantized(random_params):
   params, batch = random_params(REWARD), tokens(2, 24)
   want = rewards(params, *batch)
   unrolled = decoder_lib.Decoder(REWARD, scan=False, rematerialise="none")
-  turned = decoder_lib.unstack(params)
+  turned = unrolled_lib.unstack(params)
   ours = rewards(turned, *batch, decoder=unrolled)
   np.testing.assert_allclose(ours, want, atol=2e-5)
   two = {name: turned[name] for name in ("score", "embed")}

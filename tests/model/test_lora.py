@@ -21,6 +21,7 @@ from llama_jax.kernels import int8
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import lora as lora_lib
 from llama_jax.model import sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh as mesh_lib
 from llama_jax.training import state as state_lib
 from llama_jax.training import step as step_lib
@@ -204,7 +205,7 @@ def test_apart_equals_merged(params):
   joined = lora_lib.join(params, adapters, LORA)
   spread = float(jnp.std(want))
   np.testing.assert_allclose(logits(NANO, joined), want, atol=1e-4 * spread)
-  unrolled = decoder_lib.unstack(jax.tree.map(jnp.asarray, joined))
+  unrolled = unrolled_lib.unstack(jax.tree.map(jnp.asarray, joined))
   np.testing.assert_allclose(
     logits(NANO, unrolled, scan=False), want, atol=1e-4 * spread
   )

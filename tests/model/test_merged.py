@@ -14,6 +14,7 @@ from llama_jax.decoding import placement
 from llama_jax.kernels import int8
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import quantize, sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh as mesh_lib
 
 # Another number of heads, of kv heads and of columns each.
@@ -29,7 +30,7 @@ def stacked(random_params):
 
 @pytest.fixture(scope="module")
 def plain(stacked):
-  return jax.tree.map(jnp.asarray, decoder_lib.unstack(stacked))
+  return jax.tree.map(jnp.asarray, unrolled_lib.unstack(stacked))
 
 
 @jax.jit
@@ -40,7 +41,7 @@ def forward(params):
 
 
 def test_matrices_of_the_same_input_are_one(plain):
-  merged = decoder_lib.merge(plain)
+  merged = unrolled_lib.merge(plain)
   D, F, H = 64, 192, 16
   attention, mlp = (merged["layers_1"][name] for name in ("attention", "mlp"))
   assert set(attention) == {"qkv", "out"} and set(mlp) == {"gate_up", "down"}
@@ -54,10 +55,10 @@ def test_matrices_of_the_same_input_are_one(plain):
 
 def test_the_forward_is_the_same(plain):
   """But for the order of sums: of 64 and 192 terms, in float32."""
-  got, want = forward(decoder_lib.merge(plain)), forward(plain)
+  got, want = forward(unrolled_lib.merge(plain)), forward(plain)
   np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.std(want)))
   # A head or a gate taken for another would show.
-  swapped = decoder_lib.merge(plain)
+  swapped = unrolled_lib.merge(plain)
   kernel = swapped["layers_0"]["mlp"]["gate_up"]["kernel"]
   swapped["layers_0"]["mlp"]["gate_up"]["kernel"] = jnp.roll(kernel, 192, 0)
   assert jnp.abs(forward(swapped) - want).max() > 0.01 * jnp.std(want)
@@ -68,9 +69,9 @@ def test_quantized_rows_are_the_same_bit_for_bit(plain, kind):
   """In either order, since every row has scales of its own."""
   plain = {"layers_0": plain["layers_0"]}
   apart = quantize.quantize(plain, kind)
-  together = quantize.quantize(decoder_lib.merge(plain), kind)
+  together = quantize.quantize(unrolled_lib.merge(plain), kind)
   jax.tree.map(
-    np.testing.assert_array_equal, together, decoder_lib.merge(apart)
+    np.testing.assert_array_equal, together, unrolled_lib.merge(apart)
   )
   qkv = int8.dequantize(together["layers_0"]["attention"]["qkv"]["kernel"])
   key = int8.dequantize(apart["layers_0"]["attention"]["key"]["kernel"])
@@ -100,7 +101,7 @@ def test_on_a_mesh_nothing_is_merged(stacked, plain):
   llama = llama_lib.Llama(NANO, stacked, None, mesh=mesh)
   assert set(llama.unrolled[1]["layers_0"]["mlp"]) == {"gate", "up", "down"}
   with pytest.raises(ValueError, match="qkv"):
-    placement.place(DECODER, decoder_lib.merge(plain), mesh)
+    placement.place(DECODER, unrolled_lib.merge(plain), mesh)
 
 
 def test_what_was_taken_is_freed_on_the_way(stacked, plain):
@@ -117,15 +118,15 @@ def test_what_was_taken_is_freed_on_the_way(stacked, plain):
     return sum(ref() is not None for ref in held[module])
 
   whole, done = {}, []
-  for part in decoder_lib.unstacked(own, merged=True, free=True):
-    decoder_lib.join(whole, part)
+  for part in unrolled_lib.unstacked(own, merged=True, free=True):
+    unrolled_lib.join(whole, part)
     (module,) = part.get("layers_0", {"": None})
     if module in held and module not in done:
       assert not any(map(alive, done)) and alive(module)
       done.append(module)
   assert own == {} and len(done) == 2 and not any(map(alive, done))
-  want = decoder_lib.merge(plain)
+  want = unrolled_lib.merge(plain)
   jax.tree.map(np.testing.assert_array_equal, whole, want)
   # Without free all is as it was.
-  decoder_lib.unstack(stacked)
+  unrolled_lib.unstack(stacked)
   assert len(jax.tree.leaves(stacked["layers"])) == 9

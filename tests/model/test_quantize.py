@@ -14,6 +14,7 @@ from llama_jax.decoding import loop, sampling
 from llama_jax.kernels import int8
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import quantize, sizes
+from llama_jax.model import unrolled as unrolled_lib
 from llama_jax.parallel import mesh as mesh_lib
 from llama_jax.parallel import rules
 
@@ -27,7 +28,7 @@ KINDS = pytest.mark.parametrize("kind", quantize.KINDS)
 @pytest.fixture(scope="module")
 def params_of(random_params):
   return functools.cache(
-    lambda config: decoder_lib.unstack(random_params(config))
+    lambda config: unrolled_lib.unstack(random_params(config))
   )
 
 
