@@ -74,12 +74,17 @@ def fill(
         site.finish(finished, halves.tensors[finished].num_bytes)
 
   with orbax.writable(step):
-    for name, start, stop, rows in weights.read_ahead(halves, spans, turn):
-      place = places[name]
-      write = arrays[place.row.path].write(place.layer, start, stop, rows)
-      pending.append((write, name if stop == place.shape[0] else None))
-      settle(most=1)
-    settle(most=0)
+    try:
+      for name, start, stop, rows in weights.read_ahead(halves, spans, turn):
+        place = places[name]
+        write = arrays[place.row.path].write(place.layer, start, stop, rows)
+        pending.append((write, name if stop == place.shape[0] else None))
+        settle(most=1)
+      settle(most=0)
+    finally:
+      # Who removes what failed must not find it growing again.
+      for write, _ in pending:
+        write.exception()
 
 
 def array_name(row: names.Row) -> str:
