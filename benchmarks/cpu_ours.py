@@ -208,7 +208,7 @@ class Ours:
 
     # Never the user's own: a cold start must be cold.
     os.environ["LLAMA_JAX_CACHE"] = cache
-    shell.set_up_compile_cache()
+    shell.set_up_compiling()
 
     def note(event, duration, **rest):
       del rest
