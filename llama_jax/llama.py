@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax import checkpoint, errors
+from llama_jax import checkpoint, errors, kernels
 from llama_jax.decoding import loop, placement, request, sampling
 from llama_jax.model import decoder as decoder_lib
 from llama_jax.model import quantize as quantize_lib
@@ -50,7 +50,7 @@ class Llama:
   @functools.cached_property
   def unrolled(self) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """For decoding: a decoder and its own copy of the params, in dtype or
-    quantized; on one device merged (unrolled.merge)."""
+    quantized; on one device merged (unrolled.merge), on CPU in panels."""
     return self._unroll(self.params)
 
   def only_decode(self) -> None:
@@ -63,7 +63,9 @@ class Llama:
   def _unroll(self, params: dict[str, Any], free: bool = False):
     """`unrolled`, of params; free: see unrolled.unstacked."""
     decoder = decoder_lib.Decoder(self.config, dtype=self.dtype, scan=False)
-    parts = unrolled_lib.unstacked(params, self.mesh is None, free)
+    alone = self.mesh is None
+    cut = alone and not self.quantize and kernels.platform() == "cpu"
+    parts = unrolled_lib.unstacked(params, alone, free)
     made: dict[str, Any] = {}
     self._quantized = quantize_lib.Report()
     for stored in parts:
@@ -71,6 +73,8 @@ class Llama:
       if self.quantize:
         part = quantize_lib.quantize(part, self.quantize)
         self._quantized.add(stored, part)
+      if cut:
+        part = unrolled_lib.cut(part)
       del stored
       # Before the next: what a part was made of is not held for long.
       unrolled_lib.join(made, jax.block_until_ready(part))

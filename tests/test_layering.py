@@ -24,7 +24,7 @@ BELOW = {
   "training": {"objectives", "decoding", "model", "parallel"},
   "evals": {"text", "data", "objectives", "decoding", "model"},
   # Nouns that live on top, for verbs and notebooks.
-  "llama": {"checkpoint", "decoding", "model", "text"},
+  "llama": {"checkpoint", "decoding", "kernels", "model", "text"},
   "shell": {"checkpoint"},
   "terminal": {"checkpoint"},
   "answers": {"checkpoint"},

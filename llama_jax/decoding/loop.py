@@ -7,7 +7,6 @@ B batch, T prompt bucket, S cache slots, C tokens decoded per call.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import flax.struct
@@ -15,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.decoding import placement, request, sampling
+from llama_jax.decoding import compiling, placement, request, sampling
 from llama_jax.model import cache as cache_lib
 from llama_jax.model import decoder as decoder_lib
 
 PROMPT_BUCKET = 64
-CACHE_BUCKET = 256
+CACHE_BUCKET = 128
 TOKENS_PER_CALL = 8
 
 
@@ -72,7 +71,7 @@ def _draw(logits_BV, knobs, features, seen, drawn, done_B, last_B):
   return token_B, done_B | sampling.is_stop(token_B, knobs), seen
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots", "features"))
+@compiling.jit(static_argnames=("decoder", "slots", "features"))
 def prefill(
   params,
   ids_BT,
@@ -116,8 +115,7 @@ def prefill(
   )
 
 
-@functools.partial(
-  jax.jit,
+@compiling.jit(
   static_argnames=("decoder", "count", "features"),
   donate_argnames=("generation",),
 )

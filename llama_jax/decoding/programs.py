@@ -20,8 +20,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from llama_jax.decoding import sampling
-from llama_jax.kernels import paged
+from llama_jax.decoding import compiling, sampling
+from llama_jax.kernels import cached, paged
 from llama_jax.model import cache as cache_lib
 
 Pools = tuple[paged.Pool, ...]
@@ -115,23 +115,13 @@ def put_back(
   B, T = page_BT.shape
 
   def put(pool, keys, values):
-    k_nHT = jax.lax.dynamic_slice_in_dim(keys, first, T, axis=2)
-    v_nTH = jax.lax.dynamic_slice_in_dim(values, first, T, axis=1)
-    k_BKHT = k_nHT.reshape(B, -1, *k_nHT.shape[1:])
-    v_BKTH = v_nTH.reshape(B, -1, *v_nTH.shape[1:])
-    return paged.write(
-      pool,
-      k_BKHT.transpose(0, 3, 1, 2),
-      v_BKTH.transpose(0, 2, 1, 3),
-      page_BT,
-      offset_BT,
-    )
+    new = cached.read(keys, values, B, first, T)
+    return paged.write(pool, *new, page_BT, offset_BT)
 
   return tuple(map(put, pools, cache.keys, cache.values))
 
 
-@functools.partial(
-  jax.jit,
+@compiling.jit(
   static_argnames=("decoder", "features", "top", "scored"),
   donate_argnames=("pools",),
 )
@@ -206,7 +196,7 @@ def read(
   return token_R, told(logits_RV, token_R, top), scores, pools
 
 
-@functools.partial(jax.jit, static_argnames=("room",))
+@compiling.jit(static_argnames=("room",))
 def gather(pools: Pools, table_BX, length_B, *, room: int) -> cache_lib.Cache:
   """A static cache over copies of rows' pages, with room for more tokens."""
   B, X = table_BX.shape
@@ -216,8 +206,7 @@ def gather(pools: Pools, table_BX, length_B, *, room: int) -> cache_lib.Cache:
   return _copy(pools, table_BX, _spare(room, P), positions_BS, segments_BS)
 
 
-@functools.partial(
-  jax.jit,
+@compiling.jit(
   static_argnames=("decoder", "features", "top"),
   donate_argnames=("pools", "cache"),
 )

@@ -134,6 +134,8 @@ class Seen:
 
 # An id that no vocabulary has: scatters drop it and no token equals it.
 NO_TOKEN = np.iinfo(np.int32).max
+# Words that are compared at once.
+_LANES = 128
 
 
 def _pad(lists: Sequence[Sequence], fill, dtype) -> np.ndarray:
@@ -321,12 +323,29 @@ def keys(knobs_: Knobs, drawn_B) -> jax.Array:
   return jax.vmap(one)(knobs_.seed_B, knobs_.sample_B, drawn_B)
 
 
+def likeliest(logits_BV) -> jax.Array:
+  """The first of each row's highest logits, int32 [B].
+
+  Of whole vectors as two maxima over rows of them: argmax is one word after the
+  other on CPU, seven times as long.
+  """
+  B, V = logits_BV.shape
+  if V % _LANES:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BRL = logits_BV.reshape(B, -1, _LANES)
+  most_B11 = logits_BRL.max(1, keepdims=True).max(2, keepdims=True)
+  words_RL = jnp.arange(V, dtype=jnp.int32).reshape(-1, _LANES)
+  # Where nothing equals the highest, as if it is NaN, the last word.
+  first_BRL = jnp.where(logits_BRL == most_B11, words_RL[None], V - 1)
+  return first_BRL.min(1).min(1)
+
+
 def choose(
   logits_BV, knobs_: Knobs, drawn_B, features: Features, **rest
 ) -> jax.Array:
   """The next token of each row, int32 [B]; arguments as shape's."""
   logits_BV = shape(logits_BV, knobs_, drawn_B, features, **rest)
-  token_B = jnp.argmax(logits_BV, axis=-1)
+  token_B = likeliest(logits_BV)
   if features.draws:
     warm_B = jax.vmap(jax.random.categorical)(keys(knobs_, drawn_B), logits_BV)
     token_B = jnp.where(knobs_.temperature_B == 0, token_B, warm_B)

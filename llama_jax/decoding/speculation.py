@@ -13,12 +13,10 @@ row's own key: where both distributions are near, both draw the same.)
 B rows, G guesses, C = G + 1 tokens of a round, X pages of a row, S slots.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from llama_jax.decoding import programs, sampling
+from llama_jax.decoding import compiling, programs, sampling
 from llama_jax.model import cache as cache_lib
 
 # How many of the last tokens are looked for: more before fewer.
@@ -52,8 +50,7 @@ def look_up(history_BS, length_B, count: int) -> jax.Array:
   return jnp.take_along_axis(history_BS, jnp.minimum(after_BG, S - 1), axis=1)
 
 
-@functools.partial(
-  jax.jit,
+@compiling.jit(
   static_argnames=("decoders", "guesses", "rounds", "features", "top"),
   donate_argnames=("pools", "caches"),
 )

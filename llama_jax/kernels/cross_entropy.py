@@ -12,18 +12,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels import chunks, int8, matmul
+from llama_jax.kernels import chunks, int8, matmul, panels
 
 
 def project(x, head, *, tied: bool) -> jax.Array:
   """Logits [..., V] in float32 of x [..., D].
 
   head is [V, D] when tied, else [D, V]. A tied one may be quantized
-  (kernels/int8.py).
+  (kernels/int8.py) or in panels (kernels/panels.py).
   """
   x_tD, head = x.reshape(-1, x.shape[-1]), cast(head, x)
   if isinstance(head, int8.Quantized):
     logits_tV = int8.matmul(x_tD, head)
+  elif isinstance(head, panels.Panels):
+    logits_tV = panels.matmul(x_tD, head)
   elif tied:
     logits_tV = matmul.product_rows(x_tD, head)
   else:
@@ -33,7 +35,9 @@ def project(x, head, *, tied: bool) -> jax.Array:
 
 def cast(head, x):
   """A head in x's dtype, as chunks take it: half the bytes to gather."""
-  return head if isinstance(head, int8.Quantized) else head.astype(x.dtype)
+  if isinstance(head, (int8.Quantized, panels.Panels)):
+    return head
+  return head.astype(x.dtype)
 
 
 def pick(logits_CV, targets_C):

@@ -102,7 +102,7 @@ def write(pool: Pool, k_BTKH, v_BTKH, page_BT, offset_BT) -> Pool:
 
 
 def gather(pool: Pool, table_BX) -> tuple[jax.Array, jax.Array]:
-  """Rows' pages side by side: keys [B*K, H, S], values [B*K, S, H]."""
+  """Rows' pages side by side, in the layout of cached.py: each is a panel."""
   B, X = table_BX.shape
   found = [
     pages.at[table_BX].get(mode="promise_in_bounds") for pages in pool.pages
@@ -118,7 +118,7 @@ def gather(pool: Pool, table_BX) -> tuple[jax.Array, jax.Array]:
       k_BKXHP = k_BKXHP.swapaxes(3, 4)
   K, H, P = k_BKXHP.shape[1], *k_BKXHP.shape[3:]
   return (
-    k_BKXHP.swapaxes(2, 3).reshape(B * K, H, X * P),
+    k_BKXHP.reshape(B * K, X, H, P),
     v_BKXPH.reshape(B * K, X * P, H),
   )
 
@@ -153,12 +153,12 @@ def attend(
     return paged_pallas.attend(
       q_BTNH, *pool.pages, table_BX, q_pos_BT[:, 0], lengths_B
     )
-  k_nHS, v_nSH = gather(pool, table_BX)
-  pos_S = jnp.arange(k_nHS.shape[2], dtype=q_pos_BT.dtype)
+  k_nXHP, v_nSH = gather(pool, table_BX)
+  pos_S = jnp.arange(v_nSH.shape[1], dtype=q_pos_BT.dtype)
   pos_BS = jnp.broadcast_to(pos_S, (len(table_BX), len(pos_S)))
   return cached.attend(
     q_BTNH,
-    k_nHS.astype(q_BTNH.dtype),
+    k_nXHP.astype(q_BTNH.dtype),
     v_nSH.astype(q_BTNH.dtype),
     q_pos_BT=q_pos_BT,
     k_pos_BS=pos_BS,

@@ -5,7 +5,8 @@ Two kinds, alike to the decoder: it tells a cache where the new tokens go
 share; each layer writes and reads through that, and `end` gives the cache of
 the next call.
 
-B batch, T new tokens, S slots, X pages, K kv heads, H head dim.
+B batch, T new tokens, S slots, X pages or panels of P slots, K kv heads, H head
+dim.
 """
 
 import flax.struct
@@ -21,7 +22,7 @@ class Cache:
   """A static cache. All rows write the same slots; shorter ones are padded.
 
   Attributes:
-    keys: one [B*K, H, S] per layer (kernels/cached.py says why).
+    keys: one [B*K, X, H, P] per layer (kernels/cached.py says why).
     values: one [B*K, S, H] per layer.
     positions_BS: position of each slot's token.
     segments_BS: 1 where a slot holds a token, 0 where it is unused or padding.
@@ -59,18 +60,7 @@ class Cache:
 
   def write(self, held, k_BTKH, v_BTKH):
     """Puts one layer's new tokens into their slots: what attend reads."""
-    B, T, K, H = k_BTKH.shape
-    keys, values = held
-    k_nHT = k_BTKH.transpose(0, 2, 3, 1).reshape(B * K, H, T)
-    v_nTH = v_BTKH.transpose(0, 2, 1, 3).reshape(B * K, T, H)
-    return (
-      jax.lax.dynamic_update_slice(
-        keys, k_nHT.astype(keys.dtype), (0, 0, self.used)
-      ),
-      jax.lax.dynamic_update_slice(
-        values, v_nTH.astype(values.dtype), (0, self.used, 0)
-      ),
-    )
+    return cached.write(*held, k_BTKH, v_BTKH, self.used)
 
   def attend(self, held, q_BTNH, positions_BT, segments_BT) -> jax.Array:
     """The new tokens over all slots, of one layer: [B, T, N, H]."""
@@ -166,16 +156,18 @@ def slots(table_BX, positions_BT, page_size: int):
 def empty(
   config: config_lib.LlamaConfig, batch: int, slots: int, dtype
 ) -> Cache:
-  """A cache without tokens."""
-  merged = batch * config.num_kv_heads
-  layers = range(config.num_layers)
+  """A cache without tokens; slots are rounded up to whole panels."""
+  keys, values = zip(
+    *(
+      cached.empty(batch, config.num_kv_heads, slots, config.head_dim, dtype)
+      for _ in range(config.num_layers)
+    ),
+    strict=True,
+  )
+  slots = values[0].shape[1]
   return Cache(
-    keys=tuple(
-      jnp.zeros((merged, config.head_dim, slots), dtype) for _ in layers
-    ),
-    values=tuple(
-      jnp.zeros((merged, slots, config.head_dim), dtype) for _ in layers
-    ),
+    keys=keys,
+    values=values,
     positions_BS=jnp.zeros((batch, slots), jnp.int32),
     segments_BS=jnp.zeros((batch, slots), jnp.int32),
     used=jnp.int32(0),

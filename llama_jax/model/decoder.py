@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import errors, kernels
-from llama_jax.kernels import cross_entropy, divergence, fp8, int8, reference
+from llama_jax.kernels import (
+  cross_entropy,
+  divergence,
+  fp8,
+  int8,
+  panels,
+  reference,
+)
 from llama_jax.model import attention, heads, linear, mlp, norm, rope
 from llama_jax.model import config as config_lib
 from llama_jax.parallel import rules
@@ -153,6 +160,8 @@ class Decoder(nn.Module):
     table_VD = self.embed()
     if isinstance(table_VD, int8.Quantized):
       x_BTD = int8.take(table_VD, ids_BT)
+    elif isinstance(table_VD, panels.Panels):
+      x_BTD = panels.take(table_VD, ids_BT)
     else:
       # Rows whole before the look-up: only then does a batch-sharded look-up
       # need no more than a sum over the vocabulary's parts.

@@ -5,20 +5,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.kernels import fp8, int8, matmul
+from llama_jax.kernels import fp8, int8, matmul, panels
 
 # What a projection's output is called in jax.checkpoint's policies by name.
 KEPT = "projection"
 
 
 def matrix(module: nn.Module, name: str, shape, axes, stddev: float):
-  """A module's matrix: an array, or the int8.Quantized that params hold.
+  """A module's matrix: an array, or the Quantized or Panels that params hold.
 
   At initialisation float32 and normal; axes are its logical ones.
   """
   if module.has_variable("params", name):
     held = module.get_variable("params", name)
-    if isinstance(held, int8.Quantized):
+    if isinstance(held, (int8.Quantized, panels.Panels)):
       return held
   init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
   return module.param(name, init, shape, jnp.float32)
@@ -36,8 +36,8 @@ class Linear(nn.Module):
     transposed: the kernel lies as [out, in], which decoding wants.
 
   A kernel may be quantized (as [out, in]), for decoding by model/quantize.py
-  and for training by model/lora.py. Where params hold lora_a and lora_b, their
-  product with x is added.
+  and for training by model/lora.py, or in panels (kernels/panels.py). Where
+  params hold lora_a and lora_b, their product with x is added.
   """
 
   shape: tuple[int, int]
@@ -58,6 +58,8 @@ class Linear(nn.Module):
         y_tO = int8.matmul(x_tI, kernel).astype(self.dtype)
       else:
         y_tO = int8.frozen_matmul(x_tI, kernel)
+    elif isinstance(kernel, panels.Panels):
+      y_tO = panels.matmul(x_tI.astype(self.dtype), kernel).astype(self.dtype)
     elif self.dtype == fp8.E4M3:
       y_tO = fp8.matmul(x_tI, kernel)
     elif self.transposed:

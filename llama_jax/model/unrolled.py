@@ -1,7 +1,7 @@
 """Params as decoding wants them, of those as training stacks them.
 
 Layers apart; kernels as [out, in] (kernels/matmul.py says why); on one device
-matrices of the same x merged.
+matrices of the same x merged, and on CPU in panels.
 """
 
 import functools
@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from llama_jax.kernels import panels
 
 # Module of a layer -> the matrix that merge makes, of which.
 MERGED = {
@@ -108,6 +110,22 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
     name: _merged(tree) if name.startswith("layers_") else tree
     for name, tree in params.items()
   }
+
+
+def cut(params: dict[str, Any]) -> dict[str, Any]:
+  """Params, or a part of them, with matrices in panels (kernels/panels.py).
+
+  Those of which the panels would not be whole stay as they are.
+  """
+
+  def one(path, leaf):
+    matrix = path[-1].key in ("kernel", "embedding")
+    return _cut(leaf) if matrix and panels.fits(leaf) else leaf
+
+  return jax.tree.map_with_path(one, params)
+
+
+_cut = jax.jit(panels.cut)
 
 
 def _merged(layer):

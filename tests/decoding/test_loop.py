@@ -207,14 +207,14 @@ def work_on_whole_caches(program, size):
 def lowered(function, params, batch=2, slots=320):
   where = loop.left_pad(PROMPTS[:batch], 64)
   knobs, features = sampling.knobs([GREEDY] * batch, stop_ids=[(0,)] * batch)
-  generation = jax.eval_shape(
-    functools.partial(
-      loop.prefill, decoder=DECODER, slots=slots, features=features
-    ),
+  generation = loop.prefill.eval_shape(
     params,
     *where,
     knobs,
     None,
+    decoder=DECODER,
+    slots=slots,
+    features=features,
   )
   return function.lower(
     params, generation, knobs, decoder=DECODER, count=8, features=features

@@ -322,3 +322,14 @@ def test_neutral_knobs_ask_for_nothing():
 def test_refusals_name_the_flag(settings):
   with pytest.raises(errors.UserError, match=f"--{next(iter(settings))}="):
     sampling.SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize("words", [128, 384, 300])
+def test_the_first_of_the_likeliest(words):
+  """Of equals the first, as argmax has it; words that fill vectors or not."""
+  rng = np.random.default_rng(0)
+  logits = rng.integers(-4, 5, size=(64, words)).astype(np.float32)
+  logits[0] = -np.inf
+  logits[1, -1] = 9
+  got = jax.jit(sampling.likeliest)(logits)
+  np.testing.assert_array_equal(got, logits.argmax(-1))

@@ -294,9 +294,11 @@ def test_cached_attention(heads, T):
     "q_seg_BT": q_seg,
     "k_seg_BS": k_seg,
   }
+  # As four panels of five slots.
+  k_nHXP = k.transpose(0, 2, 3, 1).reshape(B * K, H, 4, 5)
   out = jax.jit(cached.attend)(
     q,
-    k.transpose(0, 2, 3, 1).reshape(B * K, H, S),
+    k_nHXP.swapaxes(1, 2),
     v.transpose(0, 2, 1, 3).reshape(B * K, S, H),
     **where,
   )
@@ -305,3 +307,25 @@ def test_cached_attention(heads, T):
   np.testing.assert_allclose(
     jax.jit(reference.attend)(q, k, v, **where), want, atol=2e-6
   )
+
+
+@pytest.mark.parametrize(
+  "first, T",
+  [(0, 1), (63, 1), (64, 1), (60, 9), (0, 128), (1, 128), (100, 92), (191, 1)],
+)
+def test_cached_writes_and_reads_slots_across_panels(first, T):
+  B, K, H, S = 2, 2, 4, 192
+  rng = np.random.default_rng(0)
+  old, new = (
+    rng.normal(size=(2, B, n, K, H)).astype(np.float32) for n in (S, T)
+  )
+  write = jax.jit(cached.write)
+  held = write(*cached.empty(B, K, S, H, jnp.float32), *old, 0)
+  held = write(*held, *new, np.int32(first))
+  whole = cached.read(*held, B, 0, S)
+  part = jax.jit(cached.read, static_argnums=(2, 4))(*held, B, first, T)
+  for k, (got, some) in enumerate(zip(whole, part, strict=True)):
+    want = old[k].copy()
+    want[:, first : first + T] = new[k]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(some, new[k])

@@ -202,7 +202,8 @@ def test_gather_gives_back_what_was_written(kernel):
   pool = fill(kernel, case, P, jnp.float32)
   assert pool.page_size == P
   assert pool.pages[0].shape[paged.KV_HEADS_AXIS[kernel]] % K == 0
-  k_nHS, v_nSH = jax.jit(paged.gather)(pool, case.table_BX)
+  k_nXHP, v_nSH = jax.jit(paged.gather)(pool, case.table_BX)
+  k_nHS = np.moveaxis(k_nXHP, 1, 2).reshape(len(v_nSH), -1, v_nSH.shape[1])
   for b, length in enumerate(case.lengths_B):
     for k in range(K):
       ours = k_nHS[b * K + k, :, :length].T, v_nSH[b * K + k, :length]

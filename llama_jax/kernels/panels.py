@@ -1,0 +1,59 @@
+"""Products of few rows with a matrix that lies in panels, for decoding on CPU.
+
+A weight [O, I] is cut into panels of WIDTH outputs, each stored as [I, WIDTH]:
+the form in which XLA's CPU kernels read the second matrix of a product. Given
+any other they bring it into this one at every call, which for few rows costs
+more than the product: 8 rows take SmolLM2's matrices 1.5 to 2 times as long as
+from panels, 2 rows 2.5 times; one row, or hundreds, take as long from any.
+
+t tokens, I in, O out, n panels of C outputs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Outputs of a panel: what one of those kernels holds at once. 32 does as well
+# for few rows and less for hundreds; 16, or more than 64, is packed anew.
+WIDTH = 64
+
+
+class Panels(NamedTuple):
+  """A matrix [O, I].
+
+  Attributes:
+    values: [n, I, C]; output o is column o % C of panel o // C.
+  """
+
+  values: jax.Array
+
+
+def fits(matrix: jax.Array) -> bool:
+  """Whether it is [O, I] and of whole panels."""
+  return matrix.ndim == 2 and matrix.shape[0] % WIDTH == 0
+
+
+def cut(matrix_OI: jax.Array) -> Panels:
+  """A matrix that fits, in panels."""
+  panels_nCI = matrix_OI.reshape(-1, WIDTH, matrix_OI.shape[1])
+  return Panels(panels_nCI.swapaxes(1, 2))
+
+
+def matmul(x_tI: jax.Array, matrix: Panels) -> jax.Array:
+  """x @ matrix.T, float32 [t, O]; both of one dtype."""
+  t, n = len(x_tI), len(matrix.values)
+  # Batched over panels, with x as it is for each: XLA copies neither.
+  y_ntC = jnp.einsum(
+    "ntI,nIC->ntC",
+    jnp.broadcast_to(x_tI, (n, *x_tI.shape)),
+    matrix.values,
+    preferred_element_type=jnp.float32,
+  )
+  return y_ntC.swapaxes(0, 1).reshape(t, -1)
+
+
+def take(matrix: Panels, rows: jax.Array) -> jax.Array:
+  """[..., I]: rows of the matrix, as an embedding gives them."""
+  C = matrix.values.shape[2]
+  return matrix.values[rows // C, :, rows % C]
