@@ -5,15 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax import kernels
 
 # XLA on CPU gives products to a library of kernels, and whatever adds up beside
-# them too: norms, the softmax. For the few rows of decoding each such sum then
-# takes longer than the product it stands beside, and one that is joined with a
-# product spoils that (8 rows of a 135M model: 68 ms a token, and 54 with
-# products alone; a prompt of 512 tokens from panels takes half the time).
-# Training is a little faster as XLA would have it.
+# them too: norms, the softmax. For the few rows of decoding such sums are slow
+# there, and so is a product that cannot be given together with what its result
+# is turned into (8 rows of a 135M model: 74 ms a token, and 58 with this kind
+# alone; a prompt of 512 tokens from panels: 1.25 s and 0.95). It leaves out
+# products of whole numbers, which nothing else is fast at. Training and prompts
+# of plain matrices are a little faster as XLA would have it.
 _OPTIONS = {
   "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 }
@@ -44,8 +46,10 @@ class Jitted:
     self._settings = settings
     self._made: dict[str, Any] = {}
 
-  def _jitted(self):
+  def _jitted(self, *args, **kwargs):
     platform = kernels.platform()
+    if platform in _OPTIONS and _has_whole_numbers((args, kwargs)):
+      platform = ""
     if platform not in self._made:
       self._made[platform] = jax.jit(
         self.__wrapped__,
@@ -55,14 +59,21 @@ class Jitted:
     return self._made[platform]
 
   def __call__(self, *args, **kwargs):
-    return self._jitted()(*args, **kwargs)
+    return self._jitted(*args, **kwargs)(*args, **kwargs)
 
   def lower(self, *args, **kwargs):
     """As that of what jax.jit gives; eval_shape likewise."""
-    return self._jitted().lower(*args, **kwargs)
+    return self._jitted(*args, **kwargs).lower(*args, **kwargs)
 
   def eval_shape(self, *args, **kwargs):
-    return self._jitted().eval_shape(*args, **kwargs)
+    return self._jitted(*args, **kwargs).eval_shape(*args, **kwargs)
+
+
+def _has_whole_numbers(tree) -> bool:
+  """Whether weights are quantized (kernels/int8.py)."""
+  return any(
+    getattr(leaf, "dtype", None) == jnp.int8 for leaf in jax.tree.leaves(tree)
+  )
 
 
 def jit(**settings) -> Callable[[Callable], Jitted]:

@@ -77,7 +77,10 @@ def attend(q_BTNH, k_nXHP, v_nSH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS):
   K, S = n // B, X * P
   G = N // K
   q_BKTGH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4)
-  q_nRH = (q_BKTGH * (H**-0.5)).reshape(n, T * G, H)
+  # Behind a barrier, or RoPE would be computed again for each panel.
+  q_nRH = jax.lax.optimization_barrier(
+    (q_BKTGH * (H**-0.5)).reshape(n, T * G, H)
+  )
   scores_nXRP = jnp.einsum(
     "nXRH,nXHP->nXRP",
     jnp.broadcast_to(q_nRH[:, None], (n, X, T * G, H)),
