@@ -3,9 +3,9 @@
 Values lie as [B*K, S, H] and keys in panels of P slots, [B*K, X, H, P] with
 S = X * P: slot s is in panel s // P. So each product is a plain batched product
 whose second matrix is read in order as it lies. The natural [B, S, K, H] makes
-XLA on CPU copy both four times a token, and keys as [B*K, H, S] make it copy
-them once, into panels just like these (kernels/panels.py): 6.8, 1.7 and 1.1 ms
-of a token's time on a 135M model.
+XLA on CPU copy both four times a token (6.8 against 1.7 ms of a token's time on
+a 135M model), and keys as [B*K, H, S] make it copy them once, into panels just
+like these (kernels/panels.py): scores of eight rows then take twice as long.
 
 Letters as in reference.py; n = B * K, R = T * G query rows of one kv head.
 """
@@ -13,12 +13,17 @@ Letters as in reference.py; n = B * K, R = T * G query rows of one kv head.
 import jax
 import jax.numpy as jnp
 
+from llama_jax import kernels
 from llama_jax.kernels import panels, reference
 
 
 def empty(batch: int, num_kv_heads: int, slots: int, head_dim: int, dtype):
-  """Keys and values of zeros; what no one wrote is finite, for the mask."""
-  n, P = batch * num_kv_heads, panels.WIDTH
+  """Keys and values of zeros; what no one wrote is finite, for the mask.
+
+  On CPU slots are rounded up to whole panels; elsewhere there is one for all.
+  """
+  n = batch * num_kv_heads
+  P = panels.WIDTH if kernels.platform() == "cpu" else slots
   X = -(-slots // P)
   return (
     jnp.zeros((n, X, head_dim, P), dtype),

@@ -3,8 +3,8 @@
 A weight [O, I] is cut into panels of WIDTH outputs, each stored as [I, WIDTH]:
 the form in which XLA's CPU kernels read the second matrix of a product. Given
 any other they bring it into this one at every call, which for few rows costs
-more than the product: 8 rows take SmolLM2's matrices 1.5 to 2 times as long as
-from panels, 2 rows 2.5 times; one row, or hundreds, take as long from any.
+as much as the product: with SmolLM2's matrices 8 rows take 1.3 to 2.2 times as
+long, and 2 rows 1.4 to 2.1 times. One row, or hundreds, take as long with any.
 
 t tokens, I in, O out, n panels of C outputs.
 """
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Outputs of a panel: what one of those kernels holds at once. 32 does as well
-# for few rows and less for hundreds; 16, or more than 64, is packed anew.
+# Outputs of a panel. 32 is as fast for few rows and slower for hundreds; 16 and
+# more than 64 are slower for few.
 WIDTH = 64
 
 

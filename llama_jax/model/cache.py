@@ -156,7 +156,7 @@ def slots(table_BX, positions_BT, page_size: int):
 def empty(
   config: config_lib.LlamaConfig, batch: int, slots: int, dtype
 ) -> Cache:
-  """A cache without tokens; slots are rounded up to whole panels."""
+  """A cache without tokens, of as many slots or some more (cached.empty)."""
   keys, values = zip(
     *(
       cached.empty(batch, config.num_kv_heads, slots, config.head_dim, dtype)
