@@ -326,8 +326,8 @@ def keys(knobs_: Knobs, drawn_B) -> jax.Array:
 def likeliest(logits_BV) -> jax.Array:
   """The first of each row's highest logits, int32 [B].
 
-  Of whole vectors as two maxima over rows of them: argmax is one word after the
-  other on CPU, seven times as long.
+  Of whole vectors as maxima over rows of them: argmax is one word after the
+  other on CPU, two to three times as long.
   """
   B, V = logits_BV.shape
   if V % _LANES:
