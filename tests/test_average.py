@@ -145,7 +145,7 @@ def test_formats_and_dtypes_mix(tmp_path, random_params, tokenizer):
 
 def test_rounded_once():
   """A value just above the middle of two bfloat16s: float32 would take it for
-  the middle, and bfloat16 then for the lower. So did ml_dtypes 0.5."""
+  the middle, and bfloat16 then for the lower. So does ml_dtypes 0.5."""
   middle = 1 + 2.0**-8
   value = np.array([middle + 2.0**-40, middle, middle - 2.0**-40])
   value = np.concatenate([value, -value, [0.0, -0.0, np.nan, np.inf, 1e-60]])
@@ -158,6 +158,8 @@ def test_rounded_once():
     .astype(BF16)
     .tobytes()
   )
+  twice = value.astype(np.float32).astype(BF16)
+  assert twice.tobytes() != found.tobytes()  # or _to_odd could go
   # Against exact arithmetic: the nearest of the neighbours.
   rng = np.random.default_rng(0)
   for one in rng.normal(size=300) * 10.0 ** rng.integers(-30, 30, 300):

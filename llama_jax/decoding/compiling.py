@@ -12,7 +12,7 @@ from llama_jax import kernels
 # XLA on CPU gives products to a library of kernels, and whatever adds up beside
 # them too: norms, the softmax. For the few rows of decoding such sums are slow
 # there, and so is a product that cannot be given together with what its result
-# is turned into (8 rows of a 135M model: 74 ms a token, and 58 with this kind
+# is turned into (8 rows of a 135M model: 74 ms a step, and 58 with this kind
 # alone; a prompt of 512 tokens from panels: 1.25 s and 0.95). It leaves out
 # products of whole numbers, which nothing else is fast at. Training and prompts
 # of plain matrices are a little faster as XLA would have it.

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec
 
 from llama_jax import errors
 from llama_jax.kernels import int8
+from llama_jax.model import unrolled
 
 KINDS = ("int8", "int4")
-_MATRICES = ("kernel", "embedding")
 _WORDS = ("embed", "head")
 # One row: nothing to save.
 _KEPT = ("score",)
@@ -50,7 +50,7 @@ def quantize(
 
   def one(path, leaf):
     keys = [entry.key for entry in path]
-    if keys[-1] not in _MATRICES or keys[0] in _KEPT:
+    if keys[-1] not in unrolled.MATRICES or keys[0] in _KEPT:
       return leaf
     if kind == "int8" or keys[0] in _WORDS or leaf.shape[1] % int8.GROUP:
       return _eight(leaf)

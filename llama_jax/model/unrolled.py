@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from llama_jax.kernels import panels
 
+# What a matrix of weights is called, whose ever it is.
+MATRICES = ("kernel", "embedding")
 # Module of a layer -> the matrix that merge makes, of which.
 MERGED = {
   "attention": ("qkv", ("query", "key", "value")),
@@ -119,8 +121,8 @@ def cut(params: dict[str, Any]) -> dict[str, Any]:
   """
 
   def one(path, leaf):
-    matrix = path[-1].key in ("kernel", "embedding")
-    return _cut(leaf) if matrix and panels.fits(leaf) else leaf
+    whole = path[-1].key in MATRICES and panels.fits(leaf)
+    return _cut(leaf) if whole else leaf
 
   return jax.tree.map_with_path(one, params)
 
