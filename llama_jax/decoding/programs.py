@@ -91,7 +91,7 @@ def _spare(count: int, page_size: int) -> int:
 
 def _copy(pools: Pools, table_BX, spare: int, positions_BS, segments_BS):
   """A static cache over copies of pages, with room after them."""
-  X = table_BX.shape[1]
+  before = table_BX.shape[1] * pools[0].page_size
   # The room begins as a copy of page 0: as good as anything.
   table_BX = jnp.pad(table_BX, ((0, 0), (0, spare)))
   keys, values = zip(
@@ -103,8 +103,8 @@ def _copy(pools: Pools, table_BX, spare: int, positions_BS, segments_BS):
     values,
     jnp.pad(positions_BS, room),
     jnp.pad(segments_BS, room),
-    used=jnp.int32(X * pools[0].page_size),
-    fresh=False,
+    used=jnp.int32(before),
+    before=before,
   )
 
 
@@ -203,7 +203,8 @@ def gather(pools: Pools, table_BX, length_B, *, room: int) -> cache_lib.Cache:
   P = pools[0].page_size
   positions_BS = jnp.broadcast_to(jnp.arange(X * P), (B, X * P))
   segments_BS = (positions_BS < length_B[:, None]).astype(jnp.int32)
-  return _copy(pools, table_BX, _spare(room, P), positions_BS, segments_BS)
+  cache = _copy(pools, table_BX, _spare(room, P), positions_BS, segments_BS)
+  return cache.replace(before=None)
 
 
 @compiling.jit(

@@ -15,6 +15,7 @@ contracts the last axis of its first operand: XLA on CPU reads nothing else at
 full speed (up to eight times in bfloat16).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llama_jax.kernels import reference
+from llama_jax.kernels import panels, reference
 
 # Sequences up to this long are cut into blocks of rows that take all keys up to
 # them at once, without a loop. In longer ones a loop skips more where rows hold
@@ -54,14 +55,29 @@ def attend(q_BTNH, k_BSKH, v_BSKH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS):
   return _attend(q_BTNH, k_BSKH, v_BSKH, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
 
 
+def attend_last(
+  q_BTNH, k_BSKH, v_BSKH, *, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS
+):
+  """The same where queries are of the last T keys, in order; no gradient."""
+  where = (q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
+  return _forward_blocks(_scaled(q_BTNH), k_BSKH, v_BSKH, where, True)[0]
+
+
 @jax.custom_vjp
 def _attend(q_BTNH, k_BSKH, v_BSKH, *where):
-  return _forward(q_BTNH, k_BSKH, v_BSKH, *where)[0]
+  return _run(q_BTNH, k_BSKH, v_BSKH, where, alone=True)[0]
+
+
+def _run(q_BTNH, k_BSKH, v_BSKH, where, alone: bool):
+  """The output and logs; alone: no gradient will be asked for."""
+  arrays = (_scaled(q_BTNH), k_BSKH, v_BSKH, where)
+  if _short(q_BTNH, k_BSKH):
+    return _forward_blocks(*arrays, alone)
+  return _forward_loops(*arrays)
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, *where):
-  run = _forward_blocks if _short(q_BTNH, k_BSKH) else _forward_loops
-  out_BTNH, logs = run(_scaled(q_BTNH), k_BSKH, v_BSKH, where)
+  out_BTNH, logs = _run(q_BTNH, k_BSKH, v_BSKH, where, alone=False)
   out_BTNH, logs = (
     jax.tree.map(lambda a: checkpoint_name(a, reference.KEPT), kept)
     for kept in (out_BTNH, logs)
@@ -89,21 +105,21 @@ def _short(q_BTNH, k_BSKH) -> bool:
   return q_BTNH.shape[1] == k_BSKH.shape[1] <= SHORT
 
 
-def _blocks(T: int) -> list[tuple[slice, slice]]:
-  """Of a short sequence: each block of rows, and the keys up to its end."""
+def _blocks(T: int, S: int) -> list[tuple[slice, slice]]:
+  """Of the last T of S tokens: each block of rows, the keys up to its end."""
   stops = [min(start + BLOCK, T) for start in range(0, T, BLOCK)]
   return [
-    (slice(start, stop), slice(stop))
+    (slice(start, stop), slice(S - T + stop))
     for start, stop in zip([0, *stops], stops, strict=False)
   ]
 
 
-def _forward_blocks(q_BTNH, k_BSKH, v_BSKH, where):
+def _forward_blocks(q_BTNH, k_BSKH, v_BSKH, where, alone: bool):
   B, _, N, _ = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BKGTH, k_BK1SH, v_BK1SH = (_heads(a, K) for a in (q_BTNH, k_BSKH, v_BSKH))
   outs, logs = [], []
-  for rows, keys in _blocks(q_BTNH.shape[1]):
+  for rows, keys in _blocks(q_BTNH.shape[1], k_BSKH.shape[1]):
     bias = _block_bias(where, rows, keys, N // K)
     sums = _forward_tile(
       None,
@@ -111,6 +127,7 @@ def _forward_blocks(q_BTNH, k_BSKH, v_BSKH, where):
       k_BK1SH[:, :, 0, keys],
       v_BK1SH[:, :, 0, keys],
       bias,
+      _by_panels if alone else _along,
     )
     # Told by the mask: asking the maximum would part the loop that forms it.
     some_B1R = bias.max(-1) == 0
@@ -128,7 +145,7 @@ def _backward_blocks(q_BTNH, k_BSKH, v_BSKH, where, out_BTNH, logs, d_out_BTNH):
   )
   d_q = []
   d_kv = [jnp.zeros((B, K, H, T))] * 2
-  for (rows, keys), log_BKR in zip(_blocks(T), logs, strict=True):
+  for (rows, keys), log_BKR in zip(_blocks(T, T), logs, strict=True):
     row = _row(
       *(_rows(a[..., rows, :]) for a in (q_BKGTH, out_BKGTH, d_out_BKGTH)),
       log_BKR,
@@ -220,20 +237,34 @@ def _backward_loops(
   return _join_heads(d_q_XBKRH, C, T), d_k_BSKH, d_v_BSKH
 
 
-def _forward_tile(sums, q_BKRH, k_BKZH, v_BKZH, bias):
+def _along(reduce, a_BKRZ):
+  return reduce(a_BKRZ, axis=-1, keepdims=True)
+
+
+def _by_panels(reduce, a_BKRZ):
+  """The same, as decoding's programs want it (decoding/compiling.py)."""
+  Z = a_BKRZ.shape[-1]
+  if Z % panels.WIDTH:
+    return _along(reduce, a_BKRZ)
+  a_BKRXP = a_BKRZ.reshape(*a_BKRZ.shape[:3], -1, panels.WIDTH)
+  return panels.reduce(reduce, a_BKRXP, axis=3)[..., None]
+
+
+def _forward_tile(sums, q_BKRH, k_BKZH, v_BKZH, bias, over=_along):
   """A row's greatest score, sum of exponentials and output so far, with a tile.
 
   sums: the same before it; None where it is the only one.
+  over: how rows are reduced.
   """
   scores_BKRZ = _product(q_BKRH, k_BKZH, 3) + bias
   # Kept as [B, K, R, 1] and compared with nothing: only so does XLA on CPU make
   # one loop of the product, the bias, the maximum and the exponential.
-  most_BKR1 = scores_BKRZ.max(-1, keepdims=True)
+  most_BKR1 = over(jnp.max, scores_BKRZ)
   if sums is not None:
     most_BKR1 = jnp.maximum(most_BKR1, sums[0][..., None])
   exps_BKRZ = _once(jnp.exp(scores_BKRZ - most_BKR1).astype(v_BKZH.dtype))
   most_BKR = most_BKR1[..., 0]
-  sum_BKR = exps_BKRZ.sum(-1, dtype=jnp.float32)
+  sum_BKR = over(_sum, exps_BKRZ)[..., 0]
   out_BKRH = _product(exps_BKRZ, v_BKZH, 2)
   if sums is not None:
     old_BKR, old_sum_BKR, old_out_BKRH = sums
@@ -241,6 +272,9 @@ def _forward_tile(sums, q_BKRH, k_BKZH, v_BKZH, bias):
     sum_BKR = old_sum_BKR * shrink_BKR + sum_BKR
     out_BKRH = old_out_BKRH * shrink_BKR[..., None] + out_BKRH
   return most_BKR, sum_BKR, out_BKRH
+
+
+_sum = functools.partial(jnp.sum, dtype=jnp.float32)
 
 
 def _finished(sums, some_BKR, dtype):

@@ -40,20 +40,37 @@ def cut(matrix_OI: jax.Array) -> Panels:
   return Panels(panels_nCI.swapaxes(1, 2))
 
 
-def matmul(x_tI: jax.Array, matrix: Panels) -> jax.Array:
-  """x @ matrix.T, float32 [t, O]; both of one dtype."""
-  t, n = len(x_tI), len(matrix.values)
+def product(x_tI: jax.Array, matrix: Panels) -> jax.Array:
+  """x @ matrix.T as the panels give it, float32 [n, t, C]; of one dtype."""
   # Batched over panels, with x as it is for each: XLA copies neither.
-  y_ntC = jnp.einsum(
+  return jnp.einsum(
     "ntI,nIC->ntC",
-    jnp.broadcast_to(x_tI, (n, *x_tI.shape)),
+    jnp.broadcast_to(x_tI, (len(matrix.values), *x_tI.shape)),
     matrix.values,
     preferred_element_type=jnp.float32,
   )
-  return y_ntC.swapaxes(0, 1).reshape(t, -1)
+
+
+def join(y_ntC: jax.Array) -> jax.Array:
+  """[t, n * C]: a product's panels side by side."""
+  return y_ntC.swapaxes(0, 1).reshape(y_ntC.shape[1], -1)
+
+
+def matmul(x_tI: jax.Array, matrix: Panels) -> jax.Array:
+  """x @ matrix.T, float32 [t, O]; both of one dtype."""
+  return join(product(x_tI, matrix))
 
 
 def take(matrix: Panels, rows: jax.Array) -> jax.Array:
   """[..., I]: rows of the matrix, as an embedding gives them."""
   C = matrix.values.shape[2]
   return matrix.values[rows // C, :, rows % C]
+
+
+def reduce(function, a: jax.Array, axis: int) -> jax.Array:
+  """jnp.max or jnp.sum of an array over an axis of panels, then the last one.
+
+  Along the last alone XLA goes one word after the other, and it would make one
+  reduction of the two.
+  """
+  return function(jax.lax.optimization_barrier(function(a, axis=axis)), axis=-1)

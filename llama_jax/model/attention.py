@@ -21,8 +21,8 @@ class Tokens(NamedTuple):
 
   positions_BT: jax.Array
   segments_BT: jax.Array
-  cos_BTh: jax.Array
-  sin_BTh: jax.Array
+  cos_BT2h: jax.Array
+  sin_BT2h: jax.Array
 
 
 def attend(kernel: str, q_BTNH, k_BTKH, v_BTKH, tokens: Tokens) -> jax.Array:
@@ -102,8 +102,8 @@ class Attention(nn.Module):
       q_BTNH = project("query", N, "heads")
       k_BTKH = project("key", K, "kv_heads")
       v_BTKH = project("value", K, "kv_heads")
-    q_BTNH = rope.rotate(q_BTNH, tokens.cos_BTh, tokens.sin_BTh)
-    k_BTKH = rope.rotate(k_BTKH, tokens.cos_BTh, tokens.sin_BTh)
+    q_BTNH = rope.rotate(q_BTNH, tokens.cos_BT2h, tokens.sin_BT2h)
+    k_BTKH = rope.rotate(k_BTKH, tokens.cos_BT2h, tokens.sin_BT2h)
 
     if cache is not None:
       held = cache.write(held, k_BTKH, v_BTKH)

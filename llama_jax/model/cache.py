@@ -27,7 +27,7 @@ class Cache:
     positions_BS: position of each slot's token.
     segments_BS: 1 where a slot holds a token, 0 where it is unused or padding.
     used: slots written so far, an int32 scalar.
-    fresh: true until the first write, when attention needs no cache at all.
+    before: the same where a program knows it when it is traced, else None.
   """
 
   keys: tuple[jax.Array, ...]
@@ -35,7 +35,12 @@ class Cache:
   positions_BS: jax.Array
   segments_BS: jax.Array
   used: jax.Array
-  fresh: bool = flax.struct.field(pytree_node=False)
+  before: int | None = flax.struct.field(pytree_node=False)
+
+  @property
+  def fresh(self) -> bool:
+    """Whether nothing is written yet, so that attention needs no cache."""
+    return self.before == 0
 
   @property
   def slots(self) -> int:
@@ -71,6 +76,7 @@ class Cache:
       k_pos_BS=self.positions_BS,
       q_seg_BT=segments_BT,
       k_seg_BS=self.segments_BS,
+      before=self.before,
     )
 
   def forget(self, kept_BT) -> "Cache":
@@ -88,7 +94,7 @@ class Cache:
     """With `count` more tokens, as every layer wrote them."""
     keys, values = zip(*written, strict=True)
     return self.replace(
-      keys=keys, values=values, used=self.used + count, fresh=False
+      keys=keys, values=values, used=self.used + count, before=None
     )
 
 
@@ -171,5 +177,5 @@ def empty(
     positions_BS=jnp.zeros((batch, slots), jnp.int32),
     segments_BS=jnp.zeros((batch, slots), jnp.int32),
     used=jnp.int32(0),
-    fresh=True,
+    before=0,
   )

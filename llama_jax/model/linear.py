@@ -47,7 +47,9 @@ class Linear(nn.Module):
   transposed: bool = False
 
   @nn.compact
-  def __call__(self, x_tI: jax.Array) -> jax.Array:
+  def __call__(self, x_tI: jax.Array, parts: int = 1):
+    """[t, O]; with more parts, a list of as many with equal columns."""
+    has_lora = self.has_variable("params", "lora_a")
     order = -1 if self.transposed else 1
     kernel = matrix(
       self, "kernel", self.shape[::order], self.axes[::order], self.stddev
@@ -59,19 +61,24 @@ class Linear(nn.Module):
       else:
         y_tO = int8.frozen_matmul(x_tI, kernel)
     elif isinstance(kernel, panels.Panels):
-      y_tO = panels.matmul(x_tI.astype(self.dtype), kernel).astype(self.dtype)
+      y_ntC = panels.product(x_tI.astype(self.dtype), kernel).astype(self.dtype)
+      if parts > 1 and len(y_ntC) % parts == 0 and not has_lora:
+        # Before they are joined, or each part is copied out of the whole.
+        return [panels.join(one) for one in jnp.split(y_ntC, parts)]
+      y_tO = panels.join(y_ntC)
     elif self.dtype == fp8.E4M3:
       y_tO = fp8.matmul(x_tI, kernel)
     elif self.transposed:
       y_tO = matmul.matmul_rows(x_tI, kernel, self.dtype)
     else:
       y_tO = matmul.matmul(x_tI, kernel, self.dtype)
-    if self.has_variable("params", "lora_a"):
+    if has_lora:
       a_Ir = self.get_variable("params", "lora_a")
       b_rO = self.get_variable("params", "lora_b")
       x_tr = matmul.matmul(x_tI, a_Ir, y_tO.dtype)
       y_tO = y_tO + matmul.matmul(x_tr, b_rO, y_tO.dtype)
-    return checkpoint_name(y_tO, KEPT)
+    y_tO = checkpoint_name(y_tO, KEPT)
+    return y_tO if parts == 1 else jnp.split(y_tO, parts, axis=1)
 
 
 class Scale(nn.Module):

@@ -28,9 +28,13 @@ class MLP(nn.Module):
 
     if self.has_variable("params", "gate_up"):  # unrolled.merge
       both = project("gate_up", (D, 2 * F), ("embed", "mlp"), 0.02)
-      gate_tF, up_tF = jnp.split(both(x_tD), 2, axis=1)
+      gate_tF, up_tF = both(x_tD, parts=2)
+      # One loop that reads both: XLA on CPU would copy each part for the next
+      # product, and form this within it.
+      hidden_tF = jax.lax.optimization_barrier(nn.silu(gate_tF) * up_tF)
     else:
       gate_tF = project("gate", (D, F), ("embed", "mlp"), 0.02)(x_tD)
       up_tF = project("up", (D, F), ("embed", "mlp"), 0.02)(x_tD)
+      hidden_tF = nn.silu(gate_tF) * up_tF
     down = project("down", (F, D), ("mlp", "embed"), last)
-    return down(nn.silu(gate_tF) * up_tF).reshape(x_BTD.shape)
+    return down(hidden_tF).reshape(x_BTD.shape)
