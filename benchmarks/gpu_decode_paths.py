@@ -156,7 +156,7 @@ class Static(_Way):
 
     slots = loop.bucket(self._start + self._new, loop.PROMPT_BUCKET)
     cache = cache_lib.empty(self._config, self._rows, slots, jnp.bfloat16)
-    self._cache = _noise(cache).replace(fresh=False)
+    self._cache = _noise(cache).replace(before=None)
 
   def prepare(self):
     import jax.numpy as jnp

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import errors
+from llama_jax import cores, errors
 from llama_jax.data import (
   batches,
   dialogs,
@@ -215,7 +215,7 @@ def _examples(kind, rows) -> Iterator[tuple[str, Example | str]]:
   """(where it is, what it says or why it cannot be used) of rows, in order."""
   rows = iter(rows)
   yield from _convert(kind, itertools.islice(rows, _ALONE))
-  workers = processes.cores()
+  workers = cores.usable()
   more = list(itertools.islice(rows, _CHUNK))
   if workers == 1 or len(more) < _CHUNK:
     yield from _convert(kind, itertools.chain(more, rows))

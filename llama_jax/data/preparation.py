@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import errors
+from llama_jax import cores, errors
 from llama_jax import text as text_lib
 from llama_jax.data import documents, packing, prepared, processes
 from llama_jax.data import parts as parts_lib
@@ -118,7 +118,7 @@ def _make_all(
       else:
         notes[part.split, part.number] = counted
 
-  workers = config.workers or processes.cores()
+  workers = config.workers or cores.usable()
   with contextlib.ExitStack() as stack:
     if workers == 1:
       made = map(maker.work, left())

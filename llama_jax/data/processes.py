@@ -12,13 +12,6 @@ from typing import Any
 from llama_jax import errors
 
 
-def cores() -> int:
-  """Cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):  # of Linux alone
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
-
-
 class Pool:
   """Processes that end with their parent; for `with`."""
 

@@ -6,7 +6,13 @@ any other they bring it into this one at every call, which for few rows costs
 as much as the product: with SmolLM2's matrices 8 rows take 1.3 to 2.2 times as
 long, and 2 rows 1.4 to 2.1 times. One row, or hundreds, take as long with any.
 
-t tokens, I in, O out, n panels of C outputs.
+Those kernels share the columns and rows of one panel among cores, but not the
+panels: a product of few rows has one core. So a large matrix is in parts, each
+with a product of its own that waits for nothing but x, and what waits together
+XLA does hand to several cores (SmolLM2's gate and up with 16 rows: 0.75 ms on
+one of two cores, 0.47 on both).
+
+t tokens, I in, O out, n panels of C outputs, p parts of them.
 """
 
 from typing import NamedTuple
@@ -14,19 +20,32 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax import cores
+
 # Outputs of a panel. 32 is as fast for few rows and slower for hundreds; 16 and
 # more than 64 are slower for few.
 WIDTH = 64
+
+# Weights of a matrix that is worth parting: another core is 0.05 ms away.
+_LARGE = 750_000
+# XLA keeps so many operations that are ready for one core, and of more it gives
+# half away.
+_KEPT = 8
+# The most parts: each is an operation to compile, in every layer.
+_MOST = 24
+# The least rows of a product in parts: fewer take as long or longer.
+_ROWS = 4
 
 
 class Panels(NamedTuple):
   """A matrix [O, I].
 
   Attributes:
-    values: [n, I, C]; output o is column o % C of panel o // C.
+    parts: p of them with equally many panels, [n / p, I, C]; output o is column
+      o % C of panel o // C.
   """
 
-  values: jax.Array
+  parts: tuple[jax.Array, ...]
 
 
 def fits(matrix: jax.Array) -> bool:
@@ -37,18 +56,41 @@ def fits(matrix: jax.Array) -> bool:
 def cut(matrix_OI: jax.Array) -> Panels:
   """A matrix that fits, in panels."""
   panels_nCI = matrix_OI.reshape(-1, WIDTH, matrix_OI.shape[1])
-  return Panels(panels_nCI.swapaxes(1, 2))
+  count = 1
+  if matrix_OI.size >= _LARGE:
+    count = parts(len(panels_nCI), cores.usable())
+  return Panels(tuple(jnp.split(panels_nCI.swapaxes(1, 2), count)))
+
+
+def parts(panels: int, workers: int) -> int:
+  """In how many equal parts so many panels keep so many cores busy; or 1."""
+  wanted = min(max(6 * workers, _KEPT + 1), _MOST)
+  counts = range(min(wanted, panels), 2 * _MOST + 1)
+  whole = [count for count in counts if panels % count == 0]
+  return whole[0] if panels > _KEPT and whole else 1
 
 
 def product(x_tI: jax.Array, matrix: Panels) -> jax.Array:
   """x @ matrix.T as the panels give it, float32 [n, t, C]; of one dtype."""
-  # Batched over panels, with x as it is for each: XLA copies neither.
-  return jnp.einsum(
-    "ntI,nIC->ntC",
-    jnp.broadcast_to(x_tI, (len(matrix.values), *x_tI.shape)),
-    matrix.values,
-    preferred_element_type=jnp.float32,
-  )
+  t, several = len(x_tI), len(matrix.parts) > 1
+  if several:
+    x_tI = jnp.pad(x_tI, ((0, max(_ROWS - t, 0)), (0, 0)))
+    # Formed once, not for each part.
+    x_tI = jax.lax.optimization_barrier(x_tI)
+  # Batched over panels, with x as it is for each: XLA copies no matrix.
+  found = [
+    jnp.einsum(
+      "ntI,nIC->ntC",
+      jnp.broadcast_to(x_tI, (len(part_nIC), *x_tI.shape)),
+      part_nIC,
+      preferred_element_type=jnp.float32,
+    )
+    for part_nIC in matrix.parts
+  ]
+  if not several:
+    return found[0]
+  # Alone, joining is copying; within what follows, a choice for each number.
+  return jax.lax.optimization_barrier(jnp.concatenate(found))[:, :t]
 
 
 def join(y_ntC: jax.Array) -> jax.Array:
@@ -63,8 +105,12 @@ def matmul(x_tI: jax.Array, matrix: Panels) -> jax.Array:
 
 def take(matrix: Panels, rows: jax.Array) -> jax.Array:
   """[..., I]: rows of the matrix, as an embedding gives them."""
-  C = matrix.values.shape[2]
-  return matrix.values[rows // C, :, rows % C]
+  each, _, C = matrix.parts[0].shape
+  panel, column = rows // C, rows % C
+  found, *others = (part[panel % each, :, column] for part in matrix.parts)
+  for index, one in enumerate(others, start=1):
+    found = jnp.where((panel // each == index)[..., None], one, found)
+  return found
 
 
 def reduce(function, a: jax.Array, axis: int) -> jax.Array:

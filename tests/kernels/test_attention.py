@@ -6,6 +6,8 @@ that what stands around them is what is tested here.
 Tolerances: float32 products of some hundred terms, values of order 1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +309,40 @@ def test_cached_attention(heads, T):
   np.testing.assert_allclose(
     jax.jit(reference.attend)(q, k, v, **where), want, atol=2e-6
   )
+
+
+def test_cached_reads_no_slot_past_many_tokens_whose_place_is_known():
+  """Three sequences in a row: the first two go on from slots before."""
+  B, N, K, H, before, T = 1, 6, 2, 8, 128, 200
+  S = 384  # Six panels, of which the last is not reached.
+  rng = np.random.default_rng(3)
+  q = rng.normal(size=(B, T, N, H)).astype(np.float32)
+  k, v = (rng.normal(size=(B, S, K, H)).astype(np.float32) for _ in range(2))
+  k_pos, k_seg = np.zeros((2, B, S), np.int32)
+  k_pos[0, :128] = [*range(64), *range(64)]
+  k_seg[0, :50], k_seg[0, 64:128] = 1, 2
+  new = [(1, 50, 90), (2, 64, 30), (3, 0, 70), (0, 0, 10)]
+  q_seg = np.concatenate([np.full(n, s) for s, _, n in new])[None]
+  q_pos = np.concatenate([np.arange(a, a + n) for _, a, n in new])[None]
+  k_pos[:, before : before + T] = q_pos
+  k_seg[:, before : before + T] = q_seg
+  where = {
+    "q_pos_BT": q_pos.astype(np.int32),
+    "k_pos_BS": k_pos,
+    "q_seg_BT": q_seg.astype(np.int32),
+    "k_seg_BS": k_seg,
+  }
+  held = (
+    k.transpose(0, 2, 3, 1).reshape(B * K, H, 6, 64).swapaxes(1, 2),
+    v.transpose(0, 2, 1, 3).reshape(B * K, S, H),
+  )
+  want = plain_attention(q, k, v, q_pos, k_pos, q_seg, k_seg)
+  real = q_seg[0] != 0
+  for known in (before, None):
+    run = jax.jit(functools.partial(cached.attend, before=known))
+    out = run(q, *held, **where)
+    np.testing.assert_allclose(out[:, real], want[:, real], atol=2e-6)
+    assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize(

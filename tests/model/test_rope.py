@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from llama_jax import kernels
 from llama_jax.checkpoint import proof
 from llama_jax.model import config as config_lib
 from llama_jax.model import rope, sizes
@@ -70,7 +71,9 @@ def test_linear_scaling_is_slower_positions(factor):
   np.testing.assert_allclose(proofs, rope.frequencies(config), rtol=1e-12)
 
 
-def test_rotation_is_complex_multiplication():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rotation_is_complex_multiplication(platform, monkeypatch):
+  monkeypatch.setattr(kernels, "platform", lambda: platform)
   H = 24
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 5, 3, H)).astype(np.float32)
