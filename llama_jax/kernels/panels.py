@@ -10,7 +10,7 @@ Those kernels share the columns and rows of one panel among cores, but not the
 panels: a product of few rows has one core. So a large matrix is in parts, each
 with a product of its own that waits for nothing but x, and what waits together
 XLA does hand to several cores (SmolLM2's gate and up with 16 rows: 0.75 ms on
-one of two cores, 0.47 on both).
+one of two cores, 0.47 on both; with 8 or fewer there is little to gain).
 
 t tokens, I in, O out, n panels of C outputs, p parts of them.
 """
@@ -26,12 +26,15 @@ from llama_jax import cores
 # more than 64 are slower for few.
 WIDTH = 64
 
-# Weights of a matrix that is worth parting: another core is 0.05 ms away.
-_LARGE = 750_000
+# Weights of a matrix that is worth parting. Another core is 0.05 ms away, and
+# each part is an operation more to make ready in every process (0.7 ms): of
+# SmolLM2 that leaves gate and up and the head, with which a prompt takes 0.75 s
+# and not 0.83.
+_LARGE = 1_500_000
 # XLA keeps so many operations that are ready for one core, and of more it gives
 # half away.
 _KEPT = 8
-# The most parts: each is an operation to compile, in every layer.
+# About the most parts, whatever the cores.
 _MOST = 24
 # The least rows of a product in parts: fewer take as long or longer.
 _ROWS = 4

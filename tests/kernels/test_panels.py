@@ -48,7 +48,7 @@ def test_rows_are_found_again(count, matrix_OI):
 
 
 def test_a_large_matrix_is_in_equal_parts():
-  matrix_OI = jnp.arange(64 * 18 * 1000.0).reshape(-1, 1000)
+  matrix_OI = jnp.arange(64 * 18 * 2000.0).reshape(-1, 2000)
   cut = panels.cut(matrix_OI)
   assert len({part.shape for part in cut.parts}) == 1
   assert len(cut.parts) > 8  # Fewer stay on one core.
