@@ -155,7 +155,7 @@ def pack(planned, page_size: int):
     if count == one.unread:
       last.append(at - 1)
       drawing.append(one)
-  width = round_up(len(pages), _FEWEST_PAGES, 4) if pages else 0
+  width = round_up(len(pages), _FEWEST_PAGES) if pages else 0
   table_X = np.full(width, pages_lib.TRASH, np.int32)
   table_X[: len(pages)] = pages
   slot_positions, slot_segments = np.zeros((2, width * page_size), np.int32)

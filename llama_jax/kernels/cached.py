@@ -128,6 +128,7 @@ def attend(
     scores_nXRP.reshape(B, K, X, T, G, P),
     reference.MASKED,
   ).reshape(n, X, T * G, P)
+  # The softmax as the panels lie, and its sum divided by at last.
   most_nR = panels.reduce(jnp.max, scores_nXRP, axis=1)
   exps_nXRP = jnp.exp(scores_nXRP - most_nR[:, None, :, None])
   sum_nR = panels.reduce(jnp.sum, exps_nXRP, axis=1)

@@ -61,11 +61,11 @@ def cut(matrix_OI: jax.Array) -> Panels:
   panels_nCI = matrix_OI.reshape(-1, WIDTH, matrix_OI.shape[1])
   count = 1
   if matrix_OI.size >= _LARGE:
-    count = parts(len(panels_nCI), cores.usable())
+    count = part_count(len(panels_nCI), cores.usable())
   return Panels(tuple(jnp.split(panels_nCI.swapaxes(1, 2), count)))
 
 
-def parts(panels: int, workers: int) -> int:
+def part_count(panels: int, workers: int) -> int:
   """In how many equal parts so many panels keep so many cores busy; or 1."""
   wanted = min(max(6 * workers, _KEPT + 1), _MOST)
   counts = range(min(wanted, panels), 2 * _MOST + 1)

@@ -60,12 +60,12 @@ def test_a_large_matrix_is_in_equal_parts():
 @pytest.mark.parametrize("workers", [1, 2, 3, 16, 200])
 def test_parts_are_equal_and_enough_or_one(workers):
   for count in range(1, 300):
-    found = panels.parts(count, workers)
+    found = panels.part_count(count, workers)
     assert count % found == 0
     assert found == 1 or found > 8
   # Some cannot be divided so: a prime, or too few.
-  assert panels.parts(8, workers) == panels.parts(211, workers) == 1
-  assert panels.parts(48, 2) == 12
+  assert panels.part_count(8, workers) == panels.part_count(211, workers) == 1
+  assert panels.part_count(48, 2) == 12
 
 
 def test_what_fits():
