@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax import errors, text
+from llama_jax import cores, errors, text
 from llama_jax.data import batches, dialogs, examples, packing, processes
 
 TEMPLATE = (
@@ -155,7 +155,7 @@ def test_several_processes_read_what_one_does(
   alone = examples.read(config, tokenizer, 200)
   monkeypatch.setattr(examples, "_ALONE", 3)
   monkeypatch.setattr(examples, "_CHUNK", 4)
-  monkeypatch.setattr(processes, "cores", lambda: 2)
+  monkeypatch.setattr(cores, "usable", lambda: 2)
   several = examples.read(config, tokenizer, 200)
   assert several.counts == alone.counts
   assert alone.counts["text"].skipped.total() == 6
@@ -170,7 +170,7 @@ def test_a_killed_process_is_one_line(tokenizer, tmp_path, monkeypatch):
   path = write(tmp_path / "a.jsonl", [conversation(n) for n in range(40)])
   monkeypatch.setattr(examples, "_ALONE", 3)
   monkeypatch.setattr(examples, "_CHUNK", 4)
-  monkeypatch.setattr(processes, "cores", lambda: 2)
+  monkeypatch.setattr(cores, "usable", lambda: 2)
   monkeypatch.setattr(examples, "_convert_all", _die)
   with pytest.raises(errors.UserError, match="a worker process was killed"):
     examples.read(data_config(path, batches.CONVERSATIONS), tokenizer, 60)
