@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax import cores, errors, text
-from llama_jax.data import batches, dialogs, examples, packing, processes
+from llama_jax.data import batches, dialogs, examples, packing
 
 TEMPLATE = (
   "{% for message in messages %}<s>{{ message.role }}\n"
